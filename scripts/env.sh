@@ -1,0 +1,14 @@
+# Build environment of the engine, sourced by the Makefile's recipes and by hand: `. scripts/env.sh`.
+# The C flags are part of Go's build cache key, so they are kept here, in one place.
+# Without -march the CPU backend is plain SSE2 and ten times slower.
+: "${HONE_MARCH:=native}"
+export CGO_ENABLED=1
+export CGO_CFLAGS="-O3 -march=${HONE_MARCH}"
+export CGO_CXXFLAGS="-O3 -march=${HONE_MARCH}"
+# Repacked matrix kernels for Q4_0 weights.
+export CGO_CPPFLAGS="-DGGML_USE_CPU_REPACK"
+# libtokenizers.a (daulet/tokenizers and llguidance) is found through LIBRARY_PATH and not CGO_LDFLAGS:
+# an -L flag would be part of the cache key and recompile the engine for every directory name.
+if [ -n "${HONE_NATIVE:-}" ]; then
+	export LIBRARY_PATH="${HONE_NATIVE}${LIBRARY_PATH:+:$LIBRARY_PATH}"
+fi
