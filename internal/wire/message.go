@@ -1,3 +1,9 @@
+// Package wire holds the JSON types of the HTTP API: OpenAI's shapes, and what hone adds to them in objects named hone.
+//
+//	json.NewEncoder(w).Encode(wire.Deleted{ID: id, Object: "file", Deleted: true})
+//
+// Clients are strict in different ways, so answers keep to one rule: integers are integers, a healthy job has error null,
+// hyperparameters is an object, result_files a list, has_more is always there, and no answer is empty.
 package wire
 
 import (
