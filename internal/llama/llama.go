@@ -1,0 +1,124 @@
+// Package llama is the only cgo of llama.h: models, their vocabularies, contexts that decode batches of sequences, and
+// LoRA adapters. The library comes out of the ollama module; api.h declares what is used of it.
+//
+//	llama.Open(llama.Options{Logger: logger})
+//	model, err := llama.LoadModel("base.gguf", llama.ModelOptions{})
+//	defer model.Close()
+//	tokens, err := model.Tokenize("Hello", true, false)
+//	context, err := llama.NewContext(model, llama.ContextOptions{Tokens: 4096, Sequences: 8})
+//	defer context.Close()
+//
+// A failed assertion inside the library ends the process. So this package checks what it passes: sequence numbers,
+// batch sizes, closed handles. Files must have been validated before (internal/gguf).
+package llama
+
+/*
+#include "bridge.h"
+*/
+import "C"
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync"
+	"unsafe"
+
+	// The library itself. Not imported for its Go API, which searches other installations' directories for backends.
+	_ "github.com/ollama/ollama/llama/llama.cpp/src"
+	_ "github.com/ollama/ollama/ml/backend/ggml/ggml/src"
+)
+
+// ErrClosed is returned by methods of a model, context or adapter that was closed.
+var ErrClosed = errors.New("llama: use after Close")
+
+// Options of Open.
+type Options struct {
+	// Logger gets the library's messages, its information messages at debug level. nil discards them.
+	Logger *slog.Logger
+}
+
+// library is the process-wide state of the C library: its log hook.
+var library struct {
+	sync.Mutex
+	opened  bool
+	logger  *slog.Logger
+	partial strings.Builder // a message that has not ended with a newline yet
+	level   slog.Level      // of partial
+	errors  []string        // messages at error level since failure began, for the errors of LoadModel and the like
+}
+
+// Open initializes the library once in the process and sends its log to the logger; a later call replaces the logger.
+func Open(o Options) {
+	library.Lock()
+	first := !library.opened
+	library.opened = true
+	library.logger = o.Logger
+	library.Unlock()
+	if first {
+		C.hone_log_hook()
+		C.llama_backend_init()
+	}
+}
+
+// Close stops logging. Models and contexts have Close methods of their own.
+func Close() {
+	library.Lock()
+	library.logger = nil
+	library.Unlock()
+}
+
+//export honeLlamaLog
+func honeLlamaLog(level C.uint, text *C.char) {
+	message := C.GoString(text)
+	library.Lock()
+	defer library.Unlock()
+	switch level {
+	case C.HONE_GGML_LOG_LEVEL_CONT: // goes on with the level of the message before
+	case C.HONE_GGML_LOG_LEVEL_ERROR:
+		library.level = slog.LevelError
+	case C.HONE_GGML_LOG_LEVEL_WARN:
+		library.level = slog.LevelWarn
+	default:
+		library.level = slog.LevelDebug
+	}
+	library.partial.WriteString(message)
+	if !strings.HasSuffix(message, "\n") {
+		return
+	}
+	line := strings.TrimSpace(library.partial.String())
+	library.partial.Reset()
+	if line == "" || strings.Trim(line, ".") == "" { // the progress dots of a loading model
+		return
+	}
+	if library.level == slog.LevelError {
+		library.errors = append(library.errors, line)
+		library.errors = library.errors[max(0, len(library.errors)-4):] // nobody may be reading them
+	}
+	if library.logger != nil {
+		library.logger.Log(context.Background(), library.level, "llama", "message", line)
+	}
+}
+
+// failure runs a C call that reports its reason only in the log and returns that reason.
+func failure(call func() bool) (ok bool, reason string) {
+	library.Lock()
+	library.errors = nil
+	library.Unlock()
+	if call() {
+		return true, ""
+	}
+	library.Lock()
+	defer library.Unlock()
+	if len(library.errors) == 0 {
+		return false, "no reason was logged"
+	}
+	return false, strings.Join(library.errors, "; ")
+}
+
+// cString returns a C copy of s and the function that frees it.
+func cString(s string) (*C.char, func()) {
+	c := C.CString(s)
+	return c, func() { C.free(unsafe.Pointer(c)) }
+}
