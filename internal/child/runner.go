@@ -1,0 +1,205 @@
+package child
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// ErrEnded says that a runner's stream stopped before its completion was finished.
+var ErrEnded = errors.New("the stream ended before the completion was finished")
+
+// RunnerOptions says how to start a runner.
+type RunnerOptions struct {
+	Exe    string
+	Args   []string // nil: runner
+	Env    []string
+	Config RunnerConfig // Socket is chosen by StartRunner
+	Stderr io.Writer
+}
+
+// Runner is a started runner: one loaded base model. Its methods may be called from several goroutines.
+type Runner struct {
+	process *Process
+	dir     string // of the socket
+	client  *http.Client
+	read    chan struct{} // closed when standard output is read to its end
+
+	ContextTokens int // longest prompt + completion, as the runner decided
+}
+
+// StartRunner starts a runner and waits until it is ready. If ctx ends before, or the runner ends or says that it
+// cannot serve the model (an *Error), the runner is gone when StartRunner returns. Later, ctx does not matter.
+func StartRunner(ctx context.Context, opts RunnerOptions) (*Runner, error) {
+	dir, err := socketDir()
+	if err != nil {
+		return nil, err
+	}
+	config := opts.Config
+	config.Socket = filepath.Join(dir, "runner.sock")
+	args := opts.Args
+	if args == nil {
+		args = []string{"runner"}
+	}
+	process, err := Start(context.WithoutCancel(ctx), Options{Exe: opts.Exe, Args: args, Env: opts.Env, Config: config, Stderr: opts.Stderr})
+	if err != nil {
+		_ = os.RemoveAll(dir)
+		return nil, err
+	}
+	r := &Runner{process: process, dir: dir, read: make(chan struct{})}
+	r.client = &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", config.Socket)
+		},
+		MaxIdleConnsPerHost: 16,
+		DisableCompression:  true,
+	}}
+	first := make(chan error, 1)
+	go r.readEvents(first)
+	select {
+	case err = <-first:
+	case <-ctx.Done():
+		err = fmt.Errorf("wait until the runner of %s is ready: %w", config.ModelDir, context.Cause(ctx))
+	}
+	if err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// readEvents reports the first event's outcome to first and drops what follows, so that the pipe never fills.
+func (r *Runner) readEvents(first chan<- error) {
+	defer close(r.read)
+	var event RunnerEvent
+	line, err := r.process.Next()
+	if err == nil {
+		err = json.Unmarshal(line, &event)
+	}
+	switch {
+	case errors.Is(err, io.EOF):
+		if err = r.process.Wait(); err == nil {
+			err = errors.New("the runner exited before it was ready")
+		}
+	case err != nil:
+		err = fmt.Errorf("read the runner's first event: %w", err)
+	case event.Type == "ready":
+		r.ContextTokens = event.ContextTokens
+	case event.Error != nil:
+		err = event.Error
+	default:
+		err = fmt.Errorf("the runner's first event is %q, not ready or failed", event.Type)
+	}
+	first <- err
+	for err == nil {
+		_, err = r.process.Next()
+	}
+}
+
+// PID returns the runner's process id.
+func (r *Runner) PID() int { return r.process.PID() }
+
+// Done is closed when the runner has ended.
+func (r *Runner) Done() <-chan struct{} { return r.process.Done() }
+
+// Generate yields the events of one completion: text, then one with a FinishReason. A refusal by the runner is
+// yielded as an *Error. If the runner ends meanwhile, the error says how: an *ExitError, or ErrEnded.
+// Breaking off the loop or ending ctx cancels the completion in the runner.
+func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[GenerateEvent, error] {
+	return func(yield func(GenerateEvent, error) bool) {
+		fail := func(err error) { yield(GenerateEvent{}, err) }
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		body, err := json.Marshal(req)
+		if err != nil {
+			fail(fmt.Errorf("encode a request for the runner: %w", err))
+			return
+		}
+		post, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://runner/generate", bytes.NewReader(body))
+		if err != nil {
+			fail(fmt.Errorf("make a request for the runner: %w", err))
+			return
+		}
+		post.Header.Set("Content-Type", "application/json")
+		resp, err := r.client.Do(post)
+		if err != nil {
+			fail(r.endOf(ctx, err))
+			return
+		}
+		defer resp.Body.Close()
+		lines := bufio.NewReaderSize(resp.Body, 16<<10)
+		for {
+			line, err := readLine(lines)
+			if err != nil {
+				if errors.Is(err, io.EOF) {
+					err = ErrEnded
+				}
+				fail(r.endOf(ctx, err))
+				return
+			}
+			if len(line) == 0 {
+				continue
+			}
+			var event GenerateEvent
+			switch err := json.Unmarshal(line, &event); {
+			case err != nil && resp.StatusCode != http.StatusOK:
+				fail(fmt.Errorf("the runner answered %s: %.200s", resp.Status, line))
+				return
+			case err != nil:
+				fail(fmt.Errorf("read an event of the runner: %w", err))
+				return
+			case event.Error != nil:
+				fail(event.Error)
+				return
+			case resp.StatusCode != http.StatusOK:
+				fail(fmt.Errorf("the runner answered %s", resp.Status))
+				return
+			}
+			if !yield(event, nil) || event.FinishReason != "" {
+				return
+			}
+		}
+	}
+}
+
+// endOf explains err by the caller's own cancelling, else by the runner's end if it ended.
+func (r *Runner) endOf(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	// The socket closes a moment before the process can be waited for.
+	select {
+	case <-r.process.Done():
+		if exit := r.process.Wait(); exit != nil {
+			return exit
+		}
+		return ErrEnded
+	case <-time.After(2 * time.Second):
+		return err
+	}
+}
+
+// Stop ends the runner softly until ctx ends, then hard, and frees all that StartRunner made.
+func (r *Runner) Stop(ctx context.Context) {
+	_ = r.process.Stop(ctx) // how a runner that is not wanted any more ends is of no interest
+	r.Close()
+}
+
+// Close ends the runner at once and frees all that StartRunner made.
+func (r *Runner) Close() {
+	_ = r.process.Kill()
+	<-r.read
+	r.process.Close()
+	r.client.CloseIdleConnections()
+	_ = os.RemoveAll(r.dir)
+}
