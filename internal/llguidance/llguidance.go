@@ -72,7 +72,9 @@ type GrammarError struct {
 	Message string // the library's
 }
 
-func (e *GrammarError) Error() string { return fmt.Sprintf("invalid %s constraint: %s", e.Kind, e.Message) }
+func (e *GrammarError) Error() string {
+	return fmt.Sprintf("invalid %s constraint: %s", e.Kind, e.Message)
+}
 
 // Tokenizer is a vocabulary as constraints see it: the bytes of every token. Goroutines may share it.
 type Tokenizer struct {
