@@ -1,0 +1,230 @@
+// Package configs reads hone's configuration: built-in defaults, then a file, then the environment, then flags.
+// default.yaml is the reference of every key.
+//
+//	cfg, err := configs.Load(configs.Sources{File: path, Flags: map[string]any{"port": 9000}})
+package configs
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-viper/mapstructure/v2"
+	"github.com/spf13/viper"
+)
+
+//go:embed default.yaml
+var defaultYAML []byte
+
+// FileName is the configuration file that Load looks for in the data directory.
+const FileName = "hone.yaml"
+
+// Config is hone's configuration. Each field is described at its key in default.yaml.
+type Config struct {
+	DataDir       string        `mapstructure:"data_dir"` // absolute
+	Host          string        `mapstructure:"host"`
+	Port          int           `mapstructure:"port"`
+	AllowRemote   bool          `mapstructure:"allow_remote"`
+	AllowedHosts  []string      `mapstructure:"allowed_hosts"`
+	DefaultModel  string        `mapstructure:"default_model"`
+	ContextTokens int           `mapstructure:"context_tokens"`
+	Sequences     int           `mapstructure:"sequences"`
+	Threads       int           `mapstructure:"threads"`
+	LoadTimeout   time.Duration `mapstructure:"load_timeout"`
+	ShutdownGrace time.Duration `mapstructure:"shutdown_grace"`
+	Log           Log           `mapstructure:"log"`
+}
+
+// Log says what is logged and how.
+type Log struct {
+	Level  string `mapstructure:"level"`
+	Format string `mapstructure:"format"`
+}
+
+// Sources says where Load reads beside the defaults and the environment.
+type Sources struct {
+	File  string         // must exist; "": hone.yaml in the data directory, if there is one
+	Flags map[string]any // by key; they win over everything
+}
+
+// DefaultYAML returns the text of default.yaml.
+func DefaultYAML() string { return string(defaultYAML) }
+
+// Default returns the configuration of a machine without a file and environment.
+func Default() (Config, error) { return decode(newViper(), "") }
+
+// Load reads and validates the configuration. The error names every unknown key, wrong type and wrong value at once.
+func Load(src Sources) (Config, error) {
+	v := newViper()
+	v.SetEnvPrefix("HONE")
+	v.SetEnvKeyReplacer(strings.NewReplacer(".", "_"))
+	v.AutomaticEnv()
+	if err := v.BindEnv("data_dir", "HONE_HOME", "HONE_DATA_DIR"); err != nil {
+		return Config{}, fmt.Errorf("bind HONE_HOME: %w", err)
+	}
+	for key, value := range src.Flags {
+		v.Set(key, value)
+	}
+	file, unknown, err := mergeFile(v, src.File)
+	if err != nil {
+		return Config{}, err
+	}
+	cfg, err := decode(v, file)
+	if err := errors.Join(append(unknown, err)...); err != nil {
+		return Config{}, fmt.Errorf("configuration: %w", err)
+	}
+	return cfg, nil
+}
+
+func newViper() *viper.Viper {
+	v := viper.New()
+	v.SetConfigType("yaml")
+	if err := v.ReadConfig(bytes.NewReader(defaultYAML)); err != nil {
+		panic("default.yaml: " + err.Error()) // embedded: a test reads it too
+	}
+	return v
+}
+
+// mergeFile adds the configuration file to v. It returns its path ("" if there is none) and an error for each key that
+// default.yaml lacks.
+func mergeFile(v *viper.Viper, path string) (string, []error, error) {
+	named := path != ""
+	if !named {
+		dir, err := dataDir(v.GetString("data_dir"))
+		if err != nil {
+			return "", nil, nil // reported by decode, with all else
+		}
+		path = filepath.Join(dir, FileName)
+	}
+	data, err := os.ReadFile(path)
+	if !named && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {
+		return "", nil, nil
+	}
+	if err != nil {
+		return "", nil, fmt.Errorf("read the configuration: %w", err)
+	}
+	own := viper.New()
+	own.SetConfigType("yaml")
+	if err := own.ReadConfig(bytes.NewReader(data)); err != nil {
+		return "", nil, fmt.Errorf("read the configuration %s: %w", path, err)
+	}
+	known := newViper().AllKeys()
+	var unknown []error
+	for _, key := range slices.Sorted(slices.Values(own.AllKeys())) {
+		if !slices.Contains(known, key) {
+			unknown = append(unknown, fmt.Errorf("%s: unknown key %q; the keys are %s", path, key, strings.Join(slices.Sorted(slices.Values(known)), ", ")))
+		}
+	}
+	if err := v.MergeConfigMap(own.AllSettings()); err != nil {
+		return "", nil, fmt.Errorf("read the configuration %s: %w", path, err)
+	}
+	return path, unknown, nil
+}
+
+// decode turns the settings into a Config, key by key so that one wrong type does not hide another, and validates it.
+func decode(v *viper.Viper, file string) (Config, error) {
+	var cfg Config
+	var errs []error
+	settings := v.AllSettings()
+	if err := v.Unmarshal(&cfg); err != nil {
+		for _, key := range slices.Sorted(maps.Keys(settings)) {
+			decoder, err := mapstructure.NewDecoder(&mapstructure.DecoderConfig{
+				Result: new(Config), WeaklyTypedInput: true,
+				DecodeHook: mapstructure.ComposeDecodeHookFunc(mapstructure.StringToTimeDurationHookFunc(), mapstructure.StringToSliceHookFunc(",")),
+			})
+			if err != nil {
+				return Config{}, err
+			}
+			if err := decoder.Decode(map[string]any{key: settings[key]}); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %v does not have the right type%s: default.yaml shows it", key, settings[key], inFile(file)))
+			}
+		}
+		return Config{}, errors.Join(errs...)
+	}
+	dir, err := dataDir(cfg.DataDir)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	cfg.DataDir = dir
+	return cfg, errors.Join(append(errs, cfg.Validate())...)
+}
+
+func inFile(file string) string {
+	if file == "" {
+		return ""
+	}
+	return " (is it set in " + file + "?)"
+}
+
+// dataDir makes the data directory absolute; "" is the user's.
+func dataDir(dir string) (string, error) {
+	if dir == "" {
+		data := os.Getenv("XDG_DATA_HOME")
+		if !filepath.IsAbs(data) { // the specification says to ignore a relative one
+			home, err := os.UserHomeDir()
+			if err != nil {
+				return "", fmt.Errorf("data_dir: no home directory for the default (%w); set HONE_HOME", err)
+			}
+			data = filepath.Join(home, ".local", "share")
+		}
+		return filepath.Join(data, "hone"), nil
+	}
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return "", fmt.Errorf("data_dir %q: %w", dir, err)
+	}
+	return abs, nil
+}
+
+// Validate reports every value that cannot work, each with its key.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(key string, value any, expected string) {
+		errs = append(errs, fmt.Errorf("%s: %v, expected %s", key, value, expected))
+	}
+	if c.Port < 0 || c.Port > 65535 {
+		bad("port", c.Port, "0 (any free one) to 65535")
+	}
+	switch ip := net.ParseIP(c.Host); {
+	case c.Host == "":
+		bad("host", `""`, "an address such as 127.0.0.1; 0.0.0.0 is all of this machine's")
+	case c.Host != "localhost" && (ip == nil || !ip.IsLoopback()) && !c.AllowRemote:
+		bad("host", c.Host, "a loopback address: other machines could reach this one, and hone checks no API keys. "+
+			"Keep 127.0.0.1, reach it through ssh -L, or set allow_remote: true if the network is trusted")
+	}
+	if c.DefaultModel == "" || strings.ContainsAny(c.DefaultModel, ":/\\ ") {
+		bad("default_model", fmt.Sprintf("%q", c.DefaultModel), "a base model's name, without : and /")
+	}
+	for _, number := range []struct {
+		key        string
+		value, max int
+	}{
+		{"context_tokens", c.ContextTokens, 1 << 20}, {"sequences", c.Sequences, 256}, {"threads", c.Threads, 1024},
+	} {
+		if number.value < 0 || number.value > number.max {
+			bad(number.key, number.value, fmt.Sprintf("0 (automatic) to %d", number.max))
+		}
+	}
+	if c.LoadTimeout <= 0 {
+		bad("load_timeout", c.LoadTimeout, "a positive duration such as 5m")
+	}
+	if c.ShutdownGrace < 0 {
+		bad("shutdown_grace", c.ShutdownGrace, "a duration such as 10s")
+	}
+	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
+		bad("log.level", fmt.Sprintf("%q", c.Log.Level), "one of "+strings.Join(levels, ", "))
+	}
+	if formats := []string{"text", "json"}; !slices.Contains(formats, c.Log.Format) {
+		bad("log.format", fmt.Sprintf("%q", c.Log.Format), "one of "+strings.Join(formats, ", "))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,133 @@
+package configs
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestDefaultHasEveryKey(t *testing.T) {
+	t.Setenv("XDG_DATA_HOME", "/data")
+	got, err := Default()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, DefaultModel: "SmolLM2-135M-Instruct",
+		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Log: Log{Level: "info", Format: "text"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	var keys []string
+	collectKeys(reflect.TypeFor[Config](), "", &keys)
+	for _, key := range keys {
+		if !newViper().IsSet(key) {
+			t.Errorf("default.yaml lacks %s", key)
+		}
+	}
+	if n := len(newViper().AllKeys()); n != len(keys) {
+		t.Errorf("default.yaml has %d keys, Config has %d", n, len(keys))
+	}
+}
+
+func collectKeys(t reflect.Type, prefix string, keys *[]string) {
+	for i := range t.NumField() {
+		key := prefix + t.Field(i).Tag.Get("mapstructure")
+		if t.Field(i).Type.Kind() == reflect.Struct {
+			collectKeys(t.Field(i).Type, key+".", keys)
+			continue
+		}
+		*keys = append(*keys, key)
+	}
+}
+
+func TestLoadOrder(t *testing.T) {
+	home := t.TempDir()
+	t.Setenv("HONE_HOME", home)
+	t.Setenv("HONE_THREADS", "3")
+	t.Setenv("HONE_LOG_LEVEL", "debug")
+	t.Setenv("HONE_ALLOWED_HOSTS", "a.example,b.example")
+	write(t, filepath.Join(home, FileName), "port: 1\nthreads: 2\nsequences: 2\nlog:\n  format: json\nshutdown_grace: 3s\n")
+	got, err := Load(Sources{Flags: map[string]any{"port": 9}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, DefaultModel: "SmolLM2-135M-Instruct",
+		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Log: Log{Level: "debug", Format: "json"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
+
+func TestLoadReportsEverythingAtOnce(t *testing.T) {
+	t.Setenv("HONE_HOME", t.TempDir())
+	path := filepath.Join(t.TempDir(), "own.yaml")
+	write(t, path, "prot: 1\nport: 70000\nhost: 0.0.0.0\nlog:\n  level: loud\n  colour: yes\nthreads: -1\n")
+	_, err := Load(Sources{File: path})
+	if err == nil {
+		t.Fatal("no error")
+	}
+	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not in the error:\n%v", want, err)
+		}
+	}
+}
+
+func TestLoadWrongTypes(t *testing.T) {
+	t.Setenv("HONE_HOME", t.TempDir())
+	t.Setenv("HONE_PORT", "http")
+	path := filepath.Join(t.TempDir(), "own.yaml")
+	write(t, path, "shutdown_grace: long\n")
+	_, err := Load(Sources{File: path})
+	if err == nil || !strings.Contains(err.Error(), "port: http") || !strings.Contains(err.Error(), "shutdown_grace: long") {
+		t.Errorf("error %v, want both keys named", err)
+	}
+}
+
+func TestLoadFiles(t *testing.T) {
+	t.Setenv("HONE_HOME", t.TempDir())
+	if _, err := Load(Sources{File: filepath.Join(t.TempDir(), "none.yaml")}); err == nil {
+		t.Error("a named file that does not exist was accepted")
+	}
+	path := filepath.Join(t.TempDir(), "bad.yaml")
+	write(t, path, "port: [\n")
+	if _, err := Load(Sources{File: path}); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("a file that is not YAML: %v", err)
+	}
+	if _, err := Load(Sources{}); err != nil {
+		t.Errorf("no file at all: %v", err)
+	}
+}
+
+func TestHost(t *testing.T) {
+	cfg, err := Default()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, ok := range map[string]bool{"127.0.0.1": true, "127.3.2.1": true, "::1": true, "localhost": true, "0.0.0.0": false, "::": false, "192.168.0.2": false, "example.com": false, "": false} {
+		cfg.Host, cfg.AllowRemote = host, false
+		if got := cfg.Validate() == nil; got != ok {
+			t.Errorf("host %q: accepted is %v, want %v", host, got, ok)
+		}
+		cfg.AllowRemote = true
+		if got := cfg.Validate() == nil; got != (host != "") {
+			t.Errorf("host %q with allow_remote: accepted is %v", host, got)
+		}
+	}
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
