@@ -1,0 +1,103 @@
+// The part of ggml's C interface that this package uses, declared again because a dependency's headers are out of
+// reach of cgo. header_test.go compiles it together with the module's own headers and compares every declaration.
+#ifndef HONE_GGML_API_H
+#define HONE_GGML_API_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { HONE_MAX_DIMS = 4, HONE_MAX_SRC = 10, HONE_MAX_OP_PARAMS = 64, HONE_MAX_NAME = 64 };
+
+struct ggml_context;
+struct ggml_cgraph;
+struct ggml_gallocr;
+struct ggml_backend;
+struct ggml_backend_buffer;
+struct ggml_backend_buffer_type;
+
+struct ggml_tensor {
+	int type; // enum ggml_type
+	struct ggml_backend_buffer *buffer;
+	int64_t ne[HONE_MAX_DIMS];
+	size_t nb[HONE_MAX_DIMS];
+	int op; // enum ggml_op
+	int32_t op_params[HONE_MAX_OP_PARAMS / sizeof(int32_t)];
+	int32_t flags;
+	struct ggml_tensor *src[HONE_MAX_SRC];
+	struct ggml_tensor *view_src;
+	size_t view_offs;
+	void *data;
+	char name[HONE_MAX_NAME];
+	void *extra;
+	char padding[8];
+};
+
+struct ggml_init_params {
+	size_t mem_size;
+	void *mem_buffer;
+	bool no_alloc;
+};
+
+typedef void (*ggml_to_float_t)(const void *x, float *y, int64_t k);
+typedef void (*ggml_from_float_t)(const float *x, void *y, int64_t k);
+
+struct ggml_type_traits {
+	const char *type_name;
+	int64_t blck_size;
+	int64_t blck_size_interleave;
+	size_t type_size;
+	bool is_quantized;
+	ggml_to_float_t to_float;
+	ggml_from_float_t from_float_ref;
+};
+
+typedef void (*ggml_custom_op_t)(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+typedef bool (*ggml_abort_callback)(void *data);
+
+struct ggml_context *ggml_init(struct ggml_init_params params);
+void ggml_free(struct ggml_context *ctx);
+size_t ggml_tensor_overhead(void);
+size_t ggml_graph_overhead_custom(size_t size, bool grads);
+const struct ggml_type_traits *ggml_get_type_traits(int type);
+
+struct ggml_tensor *ggml_new_tensor_4d(struct ggml_context *ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3);
+struct ggml_tensor *ggml_view_3d(struct ggml_context *ctx, struct ggml_tensor *a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offset);
+struct ggml_tensor *ggml_set_name(struct ggml_tensor *tensor, const char *name);
+struct ggml_tensor *ggml_add(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_mul_mat(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_get_rows(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_cpy(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_rope_ext(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, struct ggml_tensor *c, int n_dims, int mode,
+	int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast, float beta_slow);
+struct ggml_tensor *ggml_rope_ext_back(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, struct ggml_tensor *c, int n_dims, int mode,
+	int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast, float beta_slow);
+struct ggml_tensor *ggml_custom_4d(struct ggml_context *ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+	struct ggml_tensor **args, int n_args, ggml_custom_op_t fun, int n_tasks, void *userdata);
+struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args,
+	ggml_custom_op_t fun, int n_tasks, void *userdata);
+
+struct ggml_cgraph *ggml_new_graph_custom(struct ggml_context *ctx, size_t size, bool grads);
+void ggml_build_forward_expand(struct ggml_cgraph *cgraph, struct ggml_tensor *tensor);
+int ggml_graph_n_nodes(struct ggml_cgraph *cgraph);
+struct ggml_tensor *ggml_graph_node(struct ggml_cgraph *cgraph, int i);
+
+struct ggml_gallocr *ggml_gallocr_new(struct ggml_backend_buffer_type *buft);
+void ggml_gallocr_free(struct ggml_gallocr *galloc);
+bool ggml_gallocr_alloc_graph(struct ggml_gallocr *galloc, struct ggml_cgraph *graph);
+size_t ggml_gallocr_get_buffer_size(struct ggml_gallocr *galloc, int buffer_id);
+
+struct ggml_backend *ggml_backend_cpu_init(void);
+void ggml_backend_cpu_set_n_threads(struct ggml_backend *backend_cpu, int n_threads);
+void ggml_backend_cpu_set_abort_callback(struct ggml_backend *backend_cpu, ggml_abort_callback abort_callback, void *abort_callback_data);
+void ggml_backend_free(struct ggml_backend *backend);
+struct ggml_backend_buffer_type *ggml_backend_get_default_buffer_type(struct ggml_backend *backend);
+struct ggml_backend_buffer *ggml_backend_alloc_ctx_tensors(struct ggml_context *ctx, struct ggml_backend *backend);
+void ggml_backend_buffer_free(struct ggml_backend_buffer *buffer);
+void *ggml_backend_buffer_get_base(struct ggml_backend_buffer *buffer);
+size_t ggml_backend_buffer_get_size(struct ggml_backend_buffer *buffer);
+bool ggml_backend_supports_op(struct ggml_backend *backend, const struct ggml_tensor *op);
+int ggml_backend_graph_compute(struct ggml_backend *backend, struct ggml_cgraph *cgraph);
+int ggml_cpu_has_avx512_bf16(void);
+
+#endif

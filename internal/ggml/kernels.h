@@ -1,0 +1,40 @@
+// Fused CPU operations of the training graph (GGML_OP_CUSTOM), and the one abort flag of a computation.
+// Every tensor is float32 and contiguous unless said; T is the number of tokens, one token is one row.
+#ifndef HONE_GGML_KERNELS_H
+#define HONE_GGML_KERNELS_H
+
+#include "api.h"
+
+// hone_watch counts the nodes that a computation has done and tells it to stop.
+struct hone_watch {
+	int32_t stop;  // set to 1 to abort
+	int32_t nodes; // nodes done
+};
+bool hone_watch_callback(void *data);
+
+// Parameters of a custom node sit in the op_params that ggml's own custom parameters leave free.
+enum { HONE_PARAM = 8 };
+
+struct ggml_tensor *hone_custom(struct ggml_context *ctx, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *params, int n_params);
+struct ggml_tensor *hone_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args, int op, const int32_t *params, int n_params);
+
+enum hone_op {
+	HONE_RMS_NORM,      // (x [D,T], gamma [D]; eps) -> [D,T]
+	HONE_RMS_NORM_BACK, // (x, gamma, dy, residual or none; eps) -> dx + residual
+	HONE_SWIGLU,        // (gate [F,T], up [F,T]) -> silu(gate) * up
+	HONE_SWIGLU_BACK,   // (gate, up, dy) -> [F, 2T]: dgate, then dup
+	HONE_ATTENTION,     // (q [d*H,T], k [d*K,T], v [d*K,T], rows i32 [n+1]; d, H, K) -> [d*H,T]
+	HONE_ATTENTION_BACK, // (q, k, v, rows, dout; d, H, K) -> flat: dq, dk, dv
+	HONE_LORA_DOWN,     // (x [in,T], w [in,r], seeds i32 [T] or none; module, threshold) -> [r,T]
+	HONE_LORA_UP,       // in place on y [n,T]: (y, u [r,T], w [n,r] as r rows of n, seeds or none; scale, module, threshold)
+	HONE_LORA_OUTER,    // in place on g [n,r]: (g, u [r,T], x [n,T], seeds or none; scale, module, threshold): g += scale u^T x
+	HONE_CROSS_ENTROPY, // in place on logits [V,n]: (logits, labels i32 [n], weights [n], stats [2,n]; scale)
+	HONE_SCATTER_ROWS,  // in place or new [D,T]: (x [D,n], index i32 [n])
+};
+
+// hone_transpose_bf16 writes the transpose of the [rows, cols] matrix src as bfloat16 (dst [cols, rows]).
+void hone_to_bf16(const float *src, uint16_t *dst, int64_t n);
+void hone_transpose_bf16(const float *src, uint16_t *dst, int64_t row0, int64_t nrows, int64_t cols, int64_t rows);
+void hone_transpose_f32(const float *src, float *dst, int64_t row0, int64_t nrows, int64_t cols, int64_t rows);
+
+#endif

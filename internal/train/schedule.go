@@ -1,0 +1,33 @@
+package train
+
+import (
+	"fmt"
+	"math"
+)
+
+// Schedule is a learning rate over the steps of a job, as transformers' get_scheduler makes it.
+type Schedule struct {
+	Kind          string // cosine, linear, constant (after the warm-up)
+	Peak          float64
+	Warmup, Total int // optimizer steps
+}
+
+// Schedulers are the values of Schedule.Kind.
+var Schedulers = []string{"cosine", "linear", "constant"}
+
+// Rate is the learning rate of the update after `done` finished steps: 0 for the first one if there is a warm-up.
+func (s Schedule) Rate(done int) float64 {
+	if done < s.Warmup {
+		return s.Peak * float64(done) / float64(max(1, s.Warmup))
+	}
+	progress := float64(done-s.Warmup) / float64(max(1, s.Total-s.Warmup))
+	switch s.Kind {
+	case "cosine":
+		return s.Peak * math.Max(0, 0.5*(1+math.Cos(math.Pi*progress)))
+	case "linear":
+		return s.Peak * math.Max(0, 1-progress)
+	case "constant":
+		return s.Peak
+	}
+	panic(fmt.Sprintf("train: scheduler %q was not validated", s.Kind))
+}
