@@ -1,0 +1,115 @@
+package jinja
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"testing"
+	"time"
+)
+
+// hostile are templates that would use up all memory, time or stack.
+var hostile = map[string]string{
+	"string doubling":            `{% set ns = namespace(s='x') %}{% for i in range(28) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}`,
+	"string doubling with +":     `{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}`,
+	"string repetition":          `{{ 'x' * 1000000000000 }}`,
+	"nested repetition":          `{% set a = 'x' * 1000000 %}{% set l = namespace(l=[]) %}{% for i in range(100000) %}{% set _ = l.l.append(a ~ i) %}{% endfor %}`,
+	"replace":                    `{{ ('x' * 1000000) | replace('', 'y' * 1000000) }}`,
+	"replace method":             `{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}`,
+	"join":                       `{{ range(200000) | join('x' * 1000000) }}`,
+	"indent":                     `{{ ('\n' * 100000) | indent(1000000000, true) }}`,
+	"tojson indent":              `{{ [[1]] | tojson(indent=1000000000) }}`,
+	"format":                     `{% set ns = namespace(s='{0}{0}') %}{% for i in range(40) %}{% set ns.s = ns.s.format(ns.s) %}{% endfor %}`,
+	"range":                      `{% for i in range(10**9) %}{% endfor %}`,
+	"range that overflows":       `{% for i in range(0, 9223372036854775807, 4611686018427387904) %}{% endfor %}`,
+	"nested loops":               `{% for i in range(100000) %}{% for j in range(100000) %}{% for k in range(100000) %}{% endfor %}{% endfor %}{% endfor %}`,
+	"output":                     `{% for i in range(200000) %}{{ 'x' * 1000 }}{% endfor %}`,
+	"list doubling":              `{% set ns = namespace(l=[1]) %}{% for i in range(40) %}{% set ns.l = ns.l + ns.l %}{% endfor %}`,
+	"list that grows in a loop":  `{% set l = [] %}{% for i in range(250000) %}{% for j in range(250000) %}{% set _ = l.append(l) %}{% endfor %}{% endfor %}`,
+	"nested list is printed":     `{% set ns = namespace(l=[]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}`,
+	"nested list as JSON":        `{% set ns = namespace(l=[]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}`,
+	"nested lists are compared":  `{% set a = namespace(l=[]) %}{% set b = namespace(l=[]) %}{% for i in range(60) %}{% set a.l = [a.l, a.l] %}{% set b.l = [b.l, b.l] %}{% endfor %}{{ a.l == b.l }}`,
+	"list of itself is printed":  `{% set l = [] %}{% set _ = l.append(l) %}{{ l }}`,
+	"list of itself as JSON":     `{% set l = [] %}{% set _ = l.append(l) %}{{ l | tojson }}`,
+	"lists of themselves":        `{% set l = [] %}{% set _ = l.append(l) %}{% set m = [] %}{% set _ = m.append(m) %}{{ l == m }}`,
+	"namespace of itself":        `{% set ns = namespace(a=1) %}{% set ns.a = ns %}{{ ns }}`,
+	"macro recursion":            `{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}`,
+	"macro recursion in default": `{% macro f(x=f()) %}{% endmacro %}{{ f() }}`,
+	"caller recursion":           `{% macro f() %}{% call f() %}{% endcall %}{% endmacro %}{{ f() }}`,
+	"macro fan-out":              `{% macro a() %}xxxxxxxxxx{% endmacro %}{% macro b() %}{% for i in range(1000) %}{{ a() }}{% endfor %}{% endmacro %}{% macro c() %}{% for i in range(1000) %}{{ b() | length }}{% endfor %}{% endmacro %}{% for i in range(100000) %}{{ c() | length }}{% endfor %}`,
+	"split":                      `{% set a = ('x,' * 500000) %}{% set l = [] %}{% for i in range(1000) %}{% set _ = l.append(a.split(',')) %}{% endfor %}`,
+	"slice with a far start":     `{% for i in range(100000) %}{{ [1, 2, 3][-9223372036854775807:9223372036854775807:2] }}{% endfor %}`,
+	"dict that grows":            `{% set d = dict() %}{% for i in range(200000) %}{% for j in range(200000) %}{% set _ = d.update({i ~ '-' ~ j: 'x' * 1000}) %}{% endfor %}{% endfor %}`,
+	"deep expression":            `{{ ` + strings.Repeat("(", 100000) + "1" + strings.Repeat(")", 100000) + ` }}`,
+	"deep list":                  `{{ ` + strings.Repeat("[", 100000) + strings.Repeat("]", 100000) + ` }}`,
+	"many nots":                  `{{ ` + strings.Repeat("not ", 100000) + ` 1 }}`,
+	"many signs":                 `{{ ` + strings.Repeat("-", 100000) + `1 }}`,
+	"many conditions":            `{{ ` + strings.Repeat("1 if 0 else ", 100000) + ` 1 }}`,
+	"long sum":                   `{{ 1` + strings.Repeat("+1", 100000) + ` }}`,
+	"long chain":                 `{{ x` + strings.Repeat(".a", 100000) + ` }}`,
+	"deep blocks":                strings.Repeat("{% if 1 %}", 50000) + strings.Repeat("{% endif %}", 50000),
+}
+
+// Every hostile template ends with an error, soon, without much memory.
+func TestLimits(t *testing.T) {
+	const memory = 1 << 30
+	// A stack that grows without end is found at 64 MB rather than at 1 GB.
+	defer debug.SetMaxStack(debug.SetMaxStack(64 << 20))
+	for name, source := range hostile {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			start := time.Now()
+			template, err := Compile(source)
+			if err == nil {
+				_, err = template.RenderLimited(ctx, DefaultLimits, map[string]Value{})
+			}
+			took := time.Since(start)
+			runtime.ReadMemStats(&after)
+			if err == nil {
+				if name == "slice with a far start" { // it is only slow in an engine that counts from the start
+					return
+				}
+				t.Fatal("no error")
+			}
+			if took > 3*time.Second {
+				t.Errorf("took %v", took)
+			}
+			if grown := after.TotalAlloc - before.TotalAlloc; grown > memory {
+				t.Errorf("allocated %d MiB", grown>>20)
+			}
+			t.Logf("%v, %d MiB: %v", took.Round(time.Millisecond), (after.TotalAlloc-before.TotalAlloc)>>20, err)
+		})
+	}
+}
+
+func TestCancelledRender(t *testing.T) {
+	t.Parallel()
+	template, err := Compile(`{% for i in range(200000) %}{% for j in range(200000) %}{% endfor %}{% endfor %}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cause := errors.New("stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	if _, err := template.RenderLimited(ctx, DefaultLimits, nil); !errors.Is(err, cause) {
+		t.Errorf("error is %v, want the context's cause", err)
+	}
+}
+
+func TestStringAndOtherDoNotAdd(t *testing.T) {
+	t.Parallel()
+	for _, source := range []string{`{{ 'a' + 1 }}`, `{{ 'a' + none }}`, `{{ missing + 'a' }}`, `{{ 'a' + [1] }}`, `{{ none + 1 }}`} {
+		template, err := Compile(source)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text, err := template.RenderValues(nil); err == nil {
+			t.Errorf("%s gives %q, want an error as in Python", source, text)
+		}
+	}
+}
