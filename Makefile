@@ -1,0 +1,108 @@
+# Everything that is done with this tree is a target here; CI and the Dockerfile call the same ones. `make help` lists them.
+# The first line of a recipe that touches cgo is $(engine): the C flags live in scripts/env.sh alone, because they are
+# part of Go's build cache key and other flags would compile the engine again.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hone
+export HONE_TEST_MODEL ?= $(cache)/models/SmolLM2-135M-Instruct.Q4_1.gguf
+engine = HONE_NATIVE=$$(scripts/native.sh); export HONE_NATIVE; . scripts/env.sh
+golangci = go tool -modfile=tools/go.mod golangci-lint
+python = build/venv/bin/python
+openai_version := 3.54.0
+openai_venv := $(cache)/openai-$(openai_version)
+
+# serve's half: built and tested without cgo, which proves that it needs none. deps_test.go forbids the imports.
+pure := $(addprefix ./,$(addsuffix /...,$(wildcard server client finetune adapters configs \
+	internal/store internal/wire internal/child internal/models internal/gguf)))
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: build model ## the whole story on this machine: base accuracy, fine-tuning, tuned accuracy (about 10 minutes)
+	@exec bin/hone demo
+
+.PHONY: test
+test: check model ## all tests; the engine's run on the default model
+	@echo "== serve's half, without cgo"
+	@CGO_ENABLED=0 go test -timeout 10m $(pure)
+	@echo "== the other packages, with the engine"
+	@$(engine); go test -timeout 15m $$(go list ./... | grep -vxFf <(CGO_ENABLED=0 go list $(pure)))
+
+.PHONY: run
+run: build model ## start the server on the default data directory; the default model is pulled on first use
+	@exec bin/hone serve
+
+.PHONY: build
+build: prerequisites ## build bin/hone
+	@$(engine); go build -trimpath -o bin/hone .
+
+.PHONY: native
+native: ## build libtokenizers.a (Rust, about 3 minutes, once), which is kept outside the tree
+	@scripts/native.sh >/dev/null
+
+.PHONY: model
+model: build ## fetch the default model into the cache, checked by its sha256
+	@exec bin/hone pull --cache-only
+
+.PHONY: prerequisites
+prerequisites: ## name what is missing on this machine, what needs it and how to install it
+	@scripts/prerequisites.sh
+
+.PHONY: check
+check: prerequisites ## gofmt and go vet
+	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
+	if [ -n "$$unformatted" ]; then echo "not formatted (run gofmt -w):"; echo "$$unformatted"; exit 1; fi
+	@$(engine); go vet ./...
+
+.PHONY: lint
+lint: prerequisites ## golangci-lint, pinned in tools/go.mod (its first build takes about 2 minutes)
+	@$(engine); $(golangci) run ./...
+
+.PHONY: race
+race: ## tests of serve's half under the race detector
+	@CGO_ENABLED=1 go test -race -timeout 15m $(pure)
+
+.PHONY: test-peft
+test-peft: build model $(python) ## an exported adapter in PEFT gives the logits that the engine gives (installs PyTorch)
+	@$(engine); HONE_PYTHON=$(CURDIR)/$(python) go test -tags peft -run PEFT -count 1 -v ./internal/train/...
+
+.PHONY: test-clients
+test-clients: build model $(openai_venv)/bin/python ## curl and the official openai-python against a running server
+	@scripts/sdk/run.sh bin/hone $(openai_venv)/bin/python
+
+.PHONY: golden
+golden: model $(python) ## compute the trainer's golden files again (installs PyTorch)
+	$(python) scripts/golden/llama_golden.py tiny internal/train/testdata
+	$(python) scripts/golden/llama_golden.py smollm2 $(HONE_TEST_MODEL) internal/train/testdata
+
+$(python): scripts/golden/requirements.txt
+	python3 -m venv build/venv
+	build/venv/bin/pip install --quiet --requirement $<
+	@touch $@
+
+# Made under another name, so that an interrupted installation is never taken for a finished one.
+$(openai_venv)/bin/python:
+	@mkdir -p $(cache)
+	rm -rf $(openai_venv)
+	python3 -m venv $(openai_venv).part
+	$(openai_venv).part/bin/pip install --quiet openai==$(openai_version)
+	mv $(openai_venv).part $(openai_venv)
+
+.PHONY: docker
+docker: ## build the container image hone:local
+	docker build --tag hone:local .
+
+.PHONY: debian-packages
+debian-packages: ## install what Debian or Ubuntu packages of the prerequisites (as root; Go and Rust are not among them)
+	apt-get update
+	apt-get install --yes --no-install-recommends build-essential ca-certificates cmake git python3-pip python3-venv
+
+.PHONY: clean
+clean: ## remove what was built in this tree (the cache outside of it stays)
+	rm -rf bin build
