@@ -77,12 +77,14 @@ type Job struct {
 	Attempt         int      // 0 until it first ran
 }
 
-// JobError is why a job failed.
+// JobError is why a job failed: trying again would not help.
 type JobError struct {
 	Code    string
 	Message string
 	Param   string // training_file, validation_file, or ""
 }
+
+func (e *JobError) Error() string { return e.Message }
 
 // Progress is how far a job is. Losses are means over tokens, in nats; they are nil until first measured.
 type Progress struct {

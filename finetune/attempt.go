@@ -1,0 +1,525 @@
+package finetune
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/store"
+)
+
+var (
+	errLeaseLost = errors.New("another process took the job over")
+	// errWrite ends an attempt whose state could not be written: training on would only lose more.
+	errWrite = errors.New("the job's state cannot be written")
+)
+
+// idlePoll is how often the dispatcher looks for leases that have expired without anybody waking it.
+const idlePoll = 5 * time.Second
+
+// dispatch runs jobs, one at a time, until the context ends.
+func (j *Jobs) dispatch(ctx context.Context) {
+	for ctx.Err() == nil {
+		row, err := j.queue.Claim(ctx, j.owner, 4*j.opts.Heartbeat, j.claimed)
+		switch {
+		case err == nil:
+			j.run(ctx, row)
+		case errors.Is(err, store.ErrNotFound):
+			select {
+			case <-ctx.Done():
+			case <-j.wakeDispatch:
+			case <-time.After(idlePoll):
+			}
+		case ctx.Err() == nil:
+			j.opts.Logger.Error("claim a job", "error", err)
+			sleep(ctx, j.opts.RetryDelay)
+		}
+	}
+}
+
+// claimed is the change of a row that was claimed.
+func (j *Jobs) claimed(row *store.Job) ([]store.Event, error) {
+	if err := j.move(Running)(row); err != nil {
+		return nil, err
+	}
+	if row.Attempt > 1 {
+		return nil, nil // the plan will say where it goes on
+	}
+	return []store.Event{message("info", "Fine-tuning job started")}, nil
+}
+
+// run makes one attempt at a claimed job and writes down how it ended. When it returns, nothing of the attempt runs any
+// more; a job that is to be tried again can be claimed.
+func (j *Jobs) run(ctx context.Context, row store.Job) {
+	logger := j.opts.Logger.With("job_id", row.ID, "attempt", row.Attempt)
+	ctx, working := j.begin(ctx, row.ID)
+	defer j.end(row.ID, working)
+	// A cancellation before begin found nobody to tell, so look once more.
+	now, err := j.opts.Store.Job(context.WithoutCancel(ctx), row.ID)
+	if err == nil && now.Attempt == row.Attempt && !Status(now.Status).Final() {
+		beats := make(chan struct{})
+		beatCtx, stopBeats := context.WithCancel(ctx)
+		go func() {
+			defer close(beats)
+			j.heartbeats(beatCtx, working, row)
+		}()
+		logger.Info("attempt starts", "base_model", row.Model)
+		err = j.attempt(ctx, working, row)
+		stopBeats()
+		<-beats
+		logger.Info("attempt ended", "result", err)
+	} else if err == nil {
+		err = store.ErrStale
+	}
+
+	// What is written now is written even when the server is stopping.
+	last := context.WithoutCancel(ctx)
+	var reason *JobError
+	if err != nil && ctx.Err() != nil && !errors.As(err, &reason) && !errors.Is(err, store.ErrStale) {
+		err = context.Cause(ctx) // whatever it led to
+	}
+	switch {
+	case err == nil:
+		j.clear(row.ID)
+	case errors.As(err, &reason):
+		if err := j.fail(last, row.ID, row.Attempt, reason); err != nil {
+			j.writeFailed(ctx, row, err)
+			return
+		}
+		j.clear(row.ID)
+	case errors.Is(err, ErrStopping):
+		j.pause(last, row)
+	case errors.Is(err, ErrCancelled), errors.Is(err, store.ErrStale), errors.Is(err, errLeaseLost):
+		if now, err := j.opts.Store.Job(last, row.ID); err != nil {
+			logger.Error("look at a lost job", "error", err)
+		} else if Status(now.Status).Final() {
+			j.clear(row.ID)
+		}
+	default:
+		j.retry(ctx, row, err)
+	}
+}
+
+// pause leaves a running job for the next start.
+func (j *Jobs) pause(ctx context.Context, row store.Job) {
+	_, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Events: []store.Event{
+		message("info", "Fine-tuning job paused: the server is stopping; the job goes on when it starts again"),
+	}})
+	if err == nil {
+		err = j.queue.Release(ctx, row.ID, j.owner, row.Attempt)
+	}
+	if err != nil && !errors.Is(err, store.ErrStale) {
+		j.opts.Logger.Error("pause a job", "job_id", row.ID, "error", err) // the next start reclaims it all the same
+	}
+}
+
+// retry counts an attempt that ended by accident, and waits before the next. The job fails if attempts get no further.
+func (j *Jobs) retry(ctx context.Context, row store.Job, cause error) {
+	last := context.WithoutCancel(ctx)
+	failures := 0
+	_, err := j.opts.Store.UpdateJob(last, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Change: func(row *store.Job) error {
+		row.Failures++
+		failures = row.Failures
+		return nil
+	}, Events: []store.Event{message("warn", "Attempt %d ended early: %v", row.Attempt, cause)}})
+	if errors.Is(err, store.ErrStale) {
+		j.clear(row.ID)
+		return
+	}
+	if err == nil && failures >= j.opts.MaxFailures {
+		err = j.fail(last, row.ID, row.Attempt, &JobError{
+			Code: child.CodeInternal, Message: fmt.Sprintf("%d attempts in a row got no further; the last ended so: %v", failures, cause),
+		})
+		if err == nil {
+			j.clear(row.ID)
+			return
+		}
+	}
+	if err != nil {
+		j.writeFailed(ctx, row, err)
+		return
+	}
+	j.opts.Logger.Warn("attempt will be repeated", "job_id", row.ID, "attempt", row.Attempt, "failures", failures, "error", cause)
+	sleep(ctx, j.opts.RetryDelay<<(failures-1))
+}
+
+// writeFailed is for state that did not reach the disk. The row still says that the job is running, so it will be claimed and
+// go on from its resume state, again and again until there is room on the disk.
+func (j *Jobs) writeFailed(ctx context.Context, row store.Job, err error) {
+	j.opts.Logger.Error("write the state of a job; it will be tried again", "job_id", row.ID, "attempt", row.Attempt, "error", err)
+	sleep(ctx, 5*j.opts.RetryDelay)
+}
+
+// heartbeats keeps the lease until the context ends.
+func (j *Jobs) heartbeats(ctx context.Context, working *run, row store.Job) {
+	ticker := time.NewTicker(j.opts.Heartbeat)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		err := j.queue.Heartbeat(ctx, row.ID, j.owner, row.Attempt, 4*j.opts.Heartbeat)
+		switch {
+		case err == nil || ctx.Err() != nil:
+		case errors.Is(err, store.ErrStale):
+			working.cancel(errLeaseLost)
+			return
+		default:
+			j.opts.Logger.Error("heartbeat", "job_id", row.ID, "error", err)
+		}
+	}
+}
+
+// attempt runs a trainer to its end. It returns nil for a job that has succeeded, *JobError for one that cannot, the
+// context's cause if that ended it, store.ErrStale if the job is no longer this attempt's, and any other error for an accident.
+func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
+	// A server killed between the last two steps of an earlier attempt has left only the last to do.
+	if _, err := j.opts.Adapters.Lookup(row.AdapterName); err == nil {
+		return j.succeed(context.WithoutCancel(ctx), row, "")
+	}
+	config, err := j.config(ctx, row)
+	if err != nil {
+		return err
+	}
+	trainer, err := j.opts.Start(context.WithoutCancel(ctx), config)
+	if err != nil {
+		return fmt.Errorf("start the trainer: %w", err)
+	}
+	result := j.follow(ctx, working, &row, trainer)
+	ended := trainer.Wait()
+
+	var reason *JobError
+	switch {
+	case errors.Is(result, errDone):
+		return j.succeed(context.WithoutCancel(ctx), row, config.AdapterDir)
+	case errors.As(result, &reason), errors.Is(result, store.ErrStale), errors.Is(result, errWrite):
+		return result
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case ended != nil:
+		return fmt.Errorf("the trainer ended: %w", ended)
+	default:
+		return errors.New("the trainer ended without saying that it was done")
+	}
+}
+
+// errDone is follow's result when the trainer reported done.
+var errDone = errors.New("done")
+
+// follow applies a trainer's events until its output ends, and ends the trainer when the context ends or the state cannot be
+// written. It returns errDone, *JobError, an error of the store, or nil if the trainer reported no end.
+func (j *Jobs) follow(ctx context.Context, working *run, row *store.Job, trainer Trainer) (result error) {
+	// endWithin kills the trainer unless it ends by itself in time; soft asks it to.
+	var deadline <-chan time.Time
+	var killAt time.Time
+	endWithin := func(grace time.Duration) {
+		if at := time.Now().Add(grace); deadline == nil || at.Before(killAt) {
+			deadline, killAt = time.After(grace), at
+		}
+	}
+	soft := func(grace time.Duration) {
+		if err := trainer.Stop(); err != nil {
+			j.opts.Logger.Warn("ask the trainer to stop", "job_id", row.ID, "error", err)
+			grace = 0
+		}
+		endWithin(grace)
+	}
+	stop, hard := ctx.Done(), (<-chan struct{})(j.hard)
+	for {
+		select {
+		case event, ok := <-trainer.Events():
+			if !ok {
+				return result
+			}
+			if result != nil {
+				continue
+			}
+			// The trainer's state is written even when the server is stopping.
+			result = j.apply(context.WithoutCancel(ctx), working, row, event)
+			var reason *JobError
+			switch {
+			case result == nil:
+			case errors.Is(result, errDone), errors.As(result, &reason):
+				endWithin(j.opts.StopGrace) // it is about to end by itself
+			default:
+				if !errors.Is(result, store.ErrStale) {
+					result = fmt.Errorf("%w: %w", errWrite, result)
+				}
+				soft(j.opts.StopGrace)
+			}
+		case <-stop:
+			stop = nil
+			switch cause := context.Cause(ctx); {
+			case errors.Is(cause, ErrStopping):
+				soft(j.opts.StopGrace)
+			case errors.Is(cause, ErrCancelled):
+				soft(j.opts.CancelGrace)
+			default:
+				soft(0)
+			}
+		case <-deadline:
+			deadline = nil
+			trainer.Kill()
+		case <-hard:
+			hard = nil
+			trainer.Kill()
+		}
+	}
+}
+
+// config is what the trainer of this attempt is told.
+func (j *Jobs) config(ctx context.Context, row store.Job) (child.TrainerConfig, error) {
+	modelDir, digest, err := j.opts.Models.Base(ctx, row.Model)
+	if errors.Is(err, ErrUnknownModel) {
+		return child.TrainerConfig{}, &JobError{Code: "model_not_found", Message: fmt.Sprintf("the base model %q was removed", row.Model)}
+	}
+	if err != nil {
+		return child.TrainerConfig{}, fmt.Errorf("base model %q: %w", row.Model, err)
+	}
+	if digest != row.BaseDigest {
+		return child.TrainerConfig{}, &JobError{Code: "model_changed", Message: fmt.Sprintf(
+			"the base model %q has sha256 %.12s and had %.12s when the job was created; create the job again", row.Model, digest, row.BaseDigest)}
+	}
+	config := child.TrainerConfig{
+		JobID: row.ID, Attempt: row.Attempt, ModelDir: modelDir, BaseModel: row.Model, BaseDigest: digest,
+		AdapterID: row.AdapterID, AdapterName: row.AdapterName, Seed: row.Seed, Threads: j.opts.Threads,
+	}
+	if err := json.Unmarshal(row.Options, &config.Options); err != nil {
+		return config, fmt.Errorf("options: %w", err)
+	}
+	if config.TrainingFile, err = j.filePath(ctx, row.TrainingFile); err != nil {
+		return config, err
+	}
+	if row.ValidationFile != "" {
+		if config.ValidationFile, err = j.filePath(ctx, row.ValidationFile); err != nil {
+			return config, err
+		}
+	}
+	dir, err := filepath.Abs(j.dir(row.ID))
+	if err != nil {
+		return config, err
+	}
+	// An attempt writes into its own directory only, so that a trainer that outlived its server can harm no later one.
+	attemptDir := func(n int) string { return filepath.Join(dir, fmt.Sprintf("a%d", n)) }
+	config.Dir = attemptDir(row.Attempt)
+	config.AdapterDir = filepath.Join(config.Dir, "adapter")
+	for n := row.Attempt - 1; n > 0; n-- {
+		_, err := os.Stat(attemptDir(n))
+		switch {
+		case err == nil:
+			config.ResumeFrom = append(config.ResumeFrom, attemptDir(n))
+		case !errors.Is(err, os.ErrNotExist):
+			return config, err
+		}
+	}
+	return config, os.MkdirAll(config.Dir, 0o700)
+}
+
+func (j *Jobs) filePath(ctx context.Context, id string) (string, error) {
+	file, err := j.opts.Store.File(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	return j.opts.Store.BlobPath(file.SHA256)
+}
+
+// apply takes one event of the trainer into the row, which it keeps up to date. It returns errDone or *JobError for the events
+// that end an attempt, and otherwise an error of the store.
+func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.TrainerEvent) error {
+	var change func(*store.Job) error
+	var events []store.Event
+	switch e.Type {
+	case child.EventProgress:
+		working.report(e, j.opts.Now())
+		return nil
+
+	case child.EventDataset:
+		if row.Attempt > 1 {
+			return nil // it was said before
+		}
+		events = datasetMessages(e)
+
+	case child.EventPlan:
+		if e.Plan == nil {
+			return errors.New("the trainer sent a plan event without a plan")
+		}
+		plan, err := json.Marshal(e.Plan)
+		if err != nil {
+			return err
+		}
+		change = func(row *store.Job) error {
+			row.Plan, row.TotalSteps = plan, e.Plan.TotalSteps
+			return nil
+		}
+		working.report(child.TrainerEvent{Type: child.EventProgress, Step: e.Plan.ResumedStep, TotalSteps: e.Plan.TotalSteps}, j.opts.Now())
+		switch {
+		case e.Plan.ResumedStep > 0:
+			events = append(events, message("info", "Resuming from step %d", e.Plan.ResumedStep))
+		case row.Attempt > 1:
+			events = append(events, message("warn", "No saved state found, starting again from step 0"))
+		}
+
+	case child.EventStep:
+		working.step(e, j.opts.Now())
+		if e.Step <= row.Step {
+			return nil // done again after a resume: same seed, same data, same numbers
+		}
+		total := max(e.TotalSteps, row.TotalSteps)
+		event, err := metrics{Step: e.Step, TotalSteps: total, TrainLoss: &e.TrainLoss, TrainAccuracy: &e.TrainAccuracy}.event()
+		if err != nil {
+			return err
+		}
+		events = append(events, event)
+		change = func(row *store.Job) error {
+			row.Step, row.TotalSteps, row.TrainLoss, row.TrainAccuracy = e.Step, total, &e.TrainLoss, &e.TrainAccuracy
+			row.TrainedTokens = max(row.TrainedTokens, e.TrainedTokens)
+			return nil
+		}
+
+	case child.EventEval:
+		step := e.Step
+		if step == 0 {
+			step = row.Step
+		}
+		if step <= row.ValidStep {
+			return nil
+		}
+		m := metrics{
+			Step: step, TotalSteps: row.TotalSteps, ValidLoss: &e.ValidLoss, ValidAccuracy: &e.ValidAccuracy,
+			FullValidLoss: &e.ValidLoss, FullValidAccuracy: &e.ValidAccuracy,
+		}
+		if step == row.Step {
+			m.TrainLoss, m.TrainAccuracy = row.TrainLoss, row.TrainAccuracy
+		}
+		event, err := m.event()
+		if err != nil {
+			return err
+		}
+		events = append(events, event)
+		change = func(row *store.Job) error {
+			row.ValidStep, row.ValidLoss, row.ValidAccuracy = step, &e.ValidLoss, &e.ValidAccuracy
+			return nil
+		}
+
+	case child.EventSaved:
+		if e.Step <= row.SavedStep {
+			return nil
+		}
+		change = func(row *store.Job) error {
+			row.SavedStep, row.Failures = e.Step, 0
+			return nil
+		}
+
+	case child.EventLog:
+		level := e.Level
+		if level != "warn" && level != "error" {
+			level = "info"
+		}
+		events = append(events, message(level, "%s", e.Message))
+
+	case child.EventDone:
+		return errDone
+
+	case child.EventFailed:
+		if e.Error == nil {
+			return errors.New("the trainer sent a failed event without an error")
+		}
+		return &JobError{Code: e.Error.Code, Message: e.Error.Message, Param: e.Error.Param}
+
+	default:
+		j.opts.Logger.Warn("unknown event of the trainer", "job_id", row.ID, "type", e.Type)
+		return nil
+	}
+	next, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Change: change, Events: events})
+	if err != nil {
+		return err
+	}
+	*row = next
+	return nil
+}
+
+// report takes a progress event.
+func (r *run) report(e child.TrainerEvent, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.progress, r.at = e, now
+}
+
+// step moves the progress on to a finished step; speed and time left stay those of the last progress event.
+func (r *run) step(e child.TrainerEvent, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.progress.Type == child.EventProgress && e.Step < r.progress.Step {
+		return
+	}
+	elapsed := now.Sub(r.at).Seconds()
+	r.progress.Type, r.progress.Step, r.progress.Fraction = child.EventProgress, e.Step, 0
+	r.progress.TotalSteps = max(r.progress.TotalSteps, e.TotalSteps)
+	r.progress.SecondsLeft = max(0, r.progress.SecondsLeft-elapsed)
+	r.at = now
+}
+
+// succeed publishes the adapter in adapterDir, unless that is "" (it is published already), and writes the end of the job.
+func (j *Jobs) succeed(ctx context.Context, row store.Job, adapterDir string) error {
+	if adapterDir != "" {
+		manifest, err := adapters.ReadManifest(adapterDir)
+		if err != nil {
+			return err
+		}
+		if manifest.ID != row.AdapterID || manifest.Name != row.AdapterName || manifest.BaseDigest != row.BaseDigest {
+			return fmt.Errorf("the trainer wrote adapter %q of base %.12s; expected %q of base %.12s",
+				manifest.Name, manifest.BaseDigest, row.AdapterName, row.BaseDigest)
+		}
+		if _, err := j.opts.Adapters.Publish(ctx, adapterDir); err != nil {
+			return err
+		}
+	}
+	steps, err := j.opts.Store.MetricsEvents(ctx, row.ID)
+	if err != nil {
+		return err
+	}
+	results, err := resultFile(steps)
+	if err != nil {
+		return err
+	}
+	move := j.move(Succeeded)
+	_, err = j.opts.Store.UpdateJob(ctx, store.JobUpdate{
+		ID: row.ID, Attempt: row.Attempt,
+		Change: func(row *store.Job) error {
+			row.FineTunedModel, row.Step = row.AdapterName, row.TotalSteps
+			return move(row)
+		},
+		Results: []store.Result{{Filename: "step_metrics.csv", Purpose: "fine-tune-results", Content: results}},
+		Events: []store.Event{
+			message("info", "New fine-tuned model created: %s", row.AdapterName),
+			message("info", "The job has successfully completed"),
+		},
+	})
+	if errors.Is(err, store.ErrStale) {
+		// Cancelled at the last moment: the adapter must not outlive that.
+		now, lookErr := j.opts.Store.Job(ctx, row.ID)
+		if lookErr == nil && Status(now.Status) == Cancelled {
+			if err := j.opts.Adapters.Delete(ctx, row.AdapterName); err != nil && !errors.Is(err, adapters.ErrNotFound) {
+				return errors.Join(store.ErrStale, err)
+			}
+		}
+		return errors.Join(err, lookErr)
+	}
+	return err
+}
+
+// sleep waits for d or until the context ends.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

@@ -1,0 +1,128 @@
+package finetune
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/hone-llm/hone/internal/store"
+)
+
+// validateAll looks through the files of new jobs, one job after the other, while another job may be running.
+func (j *Jobs) validateAll(ctx context.Context) {
+	for ctx.Err() == nil {
+		rows, err := j.opts.Store.JobsWithStatus(ctx, string(ValidatingFiles))
+		for _, row := range rows {
+			if err = j.validate(ctx, row); err != nil {
+				break
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			j.opts.Logger.Error("validate files", "error", err)
+			sleep(ctx, j.opts.RetryDelay)
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-j.wakeValidate:
+		}
+	}
+}
+
+// validate moves one job from validating_files to queued or failed. The error is of the store: the job stays as it is.
+func (j *Jobs) validate(ctx context.Context, row store.Job) error {
+	ctx, working := j.begin(ctx, row.ID)
+	defer j.end(row.ID, working)
+
+	problem := j.readFile(ctx, "training", row.TrainingFile)
+	if problem == nil && row.ValidationFile != "" {
+		problem = j.readFile(ctx, "validation", row.ValidationFile)
+	}
+	if ctx.Err() != nil {
+		return nil // cancelled, or stopping: validated again after the next start
+	}
+	if problem != nil {
+		return j.fail(ctx, row.ID, store.AnyAttempt, problem)
+	}
+	running, err := j.opts.Store.JobsWithStatus(ctx, string(Running))
+	if err != nil {
+		return err
+	}
+	queued, err := j.opts.Store.JobsWithStatus(ctx, string(Queued))
+	if err != nil {
+		return err
+	}
+	events := []store.Event{message("info", "Files validated, moving job to queued state")}
+	if ahead := len(running) + len(queued); ahead > 0 {
+		events = append(events, message("info", "Waiting for its turn: jobs ahead in the queue: %d", ahead))
+	}
+	_, err = j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: store.AnyAttempt, Change: j.move(Queued), Events: events})
+	if err != nil && !errors.Is(err, store.ErrStale) {
+		return err
+	}
+	wake(j.wakeDispatch)
+	return nil
+}
+
+// readFile validates one file of a job; kind is training or validation.
+func (j *Jobs) readFile(ctx context.Context, kind, id string) *JobError {
+	param := kind + "_file"
+	problem := func(format string, args ...any) *JobError {
+		return &JobError{Code: "invalid_" + param, Param: param, Message: fmt.Sprintf(format, args...)}
+	}
+	_, content, err := j.opts.Store.OpenFile(ctx, id)
+	if err != nil {
+		return problem("%s file %s cannot be read: %v", kind, id, err)
+	}
+	defer content.Close() //nolint:errcheck // only read
+	_, err = validateDataset(ctx, content)
+	var lines *datasetError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &lines) && lines.bad == 1:
+		return problem("%s file %s is invalid: %v", kind, id, lines)
+	case errors.As(err, &lines):
+		return problem("%s file %s has %d invalid lines:\n%v", kind, id, lines.bad, lines)
+	default:
+		return problem("%s file %s is invalid: %v", kind, id, err)
+	}
+}
+
+// fail moves a job to failed. The reason is in the event's text too: go-openai's job has no field for it.
+// It is no error if the job was cancelled meanwhile.
+func (j *Jobs) fail(ctx context.Context, id string, attempt int, reason *JobError) error {
+	move := j.move(Failed)
+	_, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{
+		ID: id, Attempt: attempt,
+		Change: func(row *store.Job) error {
+			row.ErrorCode, row.ErrorMessage, row.ErrorParam = reason.Code, reason.Message, reason.Param
+			return move(row)
+		},
+		Events: []store.Event{message("error", "The job failed: %s", reason.Message)},
+	})
+	if errors.Is(err, store.ErrStale) {
+		return nil
+	}
+	return err
+}
+
+// begin registers work on a job, so that Cancel finds it. The returned context ends with the cause of the cancellation.
+func (j *Jobs) begin(ctx context.Context, id string) (context.Context, *run) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	working := &run{cancel: cancel, ended: make(chan struct{})}
+	j.mu.Lock()
+	j.live[id] = working
+	j.mu.Unlock()
+	return ctx, working
+}
+
+func (j *Jobs) end(id string, working *run) {
+	j.mu.Lock()
+	if j.live[id] == working { // else the next work on it has begun
+		delete(j.live, id)
+	}
+	j.mu.Unlock()
+	working.cancel(nil)
+	close(working.ended)
+}
