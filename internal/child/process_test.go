@@ -24,12 +24,13 @@ import (
 
 // roles are what this test binary does when it is started as a child: its first argument names one.
 var roles = map[string]func(config *bufio.Reader) int{
-	"echo":   echoRole,
-	"crash":  crashRole,
-	"deaf":   deafRole,
-	"parent": parentRole,
-	"runner": runnerRole,
-	"nice":   niceRole,
+	"echo":    echoRole,
+	"crash":   crashRole,
+	"deaf":    deafRole,
+	"parent":  parentRole,
+	"runner":  runnerRole,
+	"nice":    niceRole,
+	"trainer": trainerRole,
 }
 
 func TestMain(m *testing.M) {
@@ -84,6 +85,25 @@ func niceRole(in *bufio.Reader) int {
 		id, _ := strconv.Atoi(thread.Name())
 		raw, _ := syscall.Getpriority(syscall.PRIO_PROCESS, id)
 		fmt.Println(20 - raw) // the system call returns 20 - nice
+	}
+	return 0
+}
+
+// trainerRole reports until it is asked to stop, and then that it saved its state.
+func trainerRole(in *bufio.Reader) int {
+	var config TrainerConfig
+	line, _ := in.ReadBytes('\n')
+	if err := json.Unmarshal(line, &config); err != nil {
+		return 1
+	}
+	out := json.NewEncoder(os.Stdout)
+	fmt.Println("not an event")
+	for i := range 1000 { // more than any buffer between holds
+		out.Encode(TrainerEvent{Type: EventStep, Step: i, Message: strings.Repeat("x", 1000)})
+	}
+	line, _ = in.ReadBytes('\n')
+	if string(line) == "{\"op\":\"stop\"}\n" {
+		out.Encode(TrainerEvent{Type: EventSaved, Message: config.JobID})
 	}
 	return 0
 }

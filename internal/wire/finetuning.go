@@ -107,27 +107,21 @@ type FineTuningJobError struct {
 type FineTuningDetails struct {
 	Attempt int `json:"attempt,omitempty"` // counts the times that the job was started
 	// Options are the `hone` object as requested, Plan every option as decided, once the trainer has decided.
-	Options  json.RawMessage      `json:"options,omitempty"`
-	Plan     json.RawMessage      `json:"plan,omitempty"`
-	Progress *FineTuningProgress  `json:"progress,omitempty"`
-	Metrics  *FineTuningJobMetric `json:"metrics,omitempty"` // the last measured
+	Options  json.RawMessage     `json:"options,omitempty"`
+	Plan     json.RawMessage     `json:"plan,omitempty"`
+	Progress *FineTuningProgress `json:"progress,omitempty"` // once the job has run
 }
 
-// FineTuningProgress says how far a running job is.
+// FineTuningProgress says how far a job is. Losses are means over tokens, in nats; nil has not been measured.
 type FineTuningProgress struct {
-	Step            int     `json:"step"` // optimizer steps done
-	TotalSteps      int     `json:"total_steps"`
-	Fraction        float64 `json:"fraction"` // of the step that runs now, in [0, 1)
-	TokensPerSecond float64 `json:"tokens_per_second"`
-	SecondsLeft     float64 `json:"seconds_left"`
-}
-
-// FineTuningJobMetric is the losses (nats) and token accuracies last measured; nil has not been measured.
-type FineTuningJobMetric struct {
-	TrainLoss         *float64 `json:"train_loss,omitempty"`
-	TrainAccuracy     *float64 `json:"train_mean_token_accuracy,omitempty"`
-	FullValidLoss     *float64 `json:"full_valid_loss,omitempty"`
-	FullValidAccuracy *float64 `json:"full_valid_mean_token_accuracy,omitempty"`
+	Step            int      `json:"step"` // optimizer steps done
+	TotalSteps      int      `json:"total_steps"`
+	Fraction        float64  `json:"fraction"` // of the step that runs now, in [0, 1)
+	TokensPerSecond float64  `json:"tokens_per_second"`
+	SecondsLeft     float64  `json:"seconds_left"`
+	TrainLoss       *float64 `json:"train_loss"`
+	ValidLoss       *float64 `json:"full_valid_loss"`
+	ValidAccuracy   *float64 `json:"full_valid_mean_token_accuracy"`
 }
 
 // FineTuningJobEvent is one line of a job's log, newest first in lists. go-openai shows its users only the message,
