@@ -225,10 +225,14 @@ func (j *Jobs) follow(ctx context.Context, working *run, row *store.Job, trainer
 			deadline, killAt = time.After(grace), at
 		}
 	}
+	asked := false
 	soft := func(grace time.Duration) {
-		if err := trainer.Stop(); err != nil {
-			j.opts.Logger.Warn("ask the trainer to stop", "job_id", row.ID, "error", err)
-			grace = 0
+		if !asked {
+			asked = true
+			if err := trainer.Stop(); err != nil {
+				j.opts.Logger.Warn("ask the trainer to stop", "job_id", row.ID, "error", err)
+				grace = 0
+			}
 		}
 		endWithin(grace)
 	}

@@ -228,7 +228,8 @@ func jsonError(err error, expected string) error {
 	case errors.As(err, &syntax):
 		return fmt.Errorf("not valid JSON at byte %d: %s; %s", syntax.Offset, syntax.Error(), expected)
 	case errors.As(err, &kind) && kind.Field != "":
-		return fmt.Errorf("%s is a JSON %s; expected %s", kind.Field, kind.Value, kindName(kind.Type.Kind().String()))
+		// wire.Message decodes into a type of its own, whose name is not the author's concern.
+		return fmt.Errorf("%s is a JSON %s; expected %s", strings.TrimPrefix(kind.Field, "plain."), kind.Value, kindName(kind.Type.Kind().String()))
 	case errors.As(err, &kind):
 		return fmt.Errorf("a JSON %s; %s", kind.Value, expected)
 	}
