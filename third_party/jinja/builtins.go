@@ -1372,13 +1372,13 @@ func containsValue(container, item Value) bool {
 // printValue converts a Value to its template output string. Unlike
 // String() which returns a Python-style repr, printValue returns the
 // raw text for template rendering (no quotes around strings, empty
-// string for None/Undefined).
+// string for Undefined).
 func printValue(v Value) string {
 	switch v.kind {
 	case KindUndefined:
 		return ""
 	case KindNone:
-		return ""
+		return "None"
 	case KindBool:
 		if v.AsBool() {
 			return "True"

@@ -51,6 +51,7 @@ TEMPLATES = [
     "{% macro f(a, b=2) %}{{ a }}-{{ b }}{% endmacro %}{{ f(1) }} {{ f(1, b=3) }}",
     "{{ ['it\\'s', \"'\\\"\", 'a\\\\b', '北', '\u3000'] }}",
     "{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}",
+    "{{ none }}{{ none | trim }}{{ none ~ 'x' }}{{ missing }}{{ d.missing }}",
     "{{ none is none }}{{ missing is defined }}{{ x is string }}{{ d is mapping }}{{ 3 is odd }}",
 ]
 DATA = {

@@ -1,0 +1,132 @@
+package prompt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/wire"
+	"github.com/hone-llm/hone/third_party/jinja"
+	"github.com/ncruces/go-strftime"
+)
+
+var errRenderTime = errors.New("rendering took too long")
+
+// globals are the variables that every rendering has, as in transformers.
+func globals(o Options) map[string]jinja.Value {
+	now := o.Now
+	if now == nil {
+		now = time.Now
+	}
+	name := func(token engine.Token, ok bool) jinja.Value {
+		if !ok {
+			return jinja.NewString("")
+		}
+		return jinja.NewString(string(o.Vocabulary.Piece(token)))
+	}
+	return map[string]jinja.Value{
+		"bos_token": name(o.Vocabulary.BOS()),
+		"eos_token": name(o.Vocabulary.EOS()),
+		"tools":     jinja.None(),
+		"documents": jinja.None(),
+		"strftime_now": jinja.NewCallable("strftime_now", func(args []jinja.Value, _ map[string]jinja.Value) (jinja.Value, error) {
+			if len(args) != 1 || !args[0].IsString() {
+				return jinja.Undefined(), errors.New("strftime_now takes one format string")
+			}
+			return jinja.NewString(strftime.Format(args[0].AsString(), now())), nil
+		}),
+	}
+}
+
+// render runs the template over the messages, within the limits. The error is ErrNoTemplate, a *MessageError or the
+// context's.
+func (b *Builder) render(ctx context.Context, messages []wire.Message, generationPrompt bool) (string, error) {
+	if b.template == nil {
+		return "", ErrNoTemplate
+	}
+	if len(messages) == 0 && generationPrompt {
+		return "", &MessageError{Message: -1, Err: errors.New("no messages before the assistant's turn")}
+	}
+	data := make(map[string]jinja.Value, len(b.globals)+2)
+	for name, value := range b.globals {
+		data[name] = value
+	}
+	items := make([]jinja.Value, len(messages))
+	for i := range messages {
+		var err error
+		if items[i], err = messageValue(&messages[i]); err != nil {
+			return "", &MessageError{Message: i, Err: err}
+		}
+	}
+	data["messages"] = jinja.NewList(items)
+	data["add_generation_prompt"] = jinja.NewBool(generationPrompt)
+
+	rendering, cancel := context.WithTimeoutCause(ctx, b.renderTime, errRenderTime)
+	defer cancel()
+	text, err := b.template.RenderLimited(rendering, jinja.DefaultLimits, data)
+	if err != nil {
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+		if errors.Is(err, errRenderTime) {
+			err = fmt.Errorf("%w: it was stopped after %v", err, b.renderTime)
+		}
+		return "", &MessageError{Message: -1, Err: fmt.Errorf("the model's chat template: %w", err)}
+	}
+	return text, nil
+}
+
+// messageValue is a message as transformers' users pass it: keys that are not set are absent, tool arguments are
+// objects, and the content of an assistant's message that only calls tools is none.
+func messageValue(m *wire.Message) (jinja.Value, error) {
+	v := jinja.NewDict()
+	d := v.AsDict()
+	text := func(s string) jinja.Value { return jinja.NewString(strings.ToValidUTF8(s, "\uFFFD")) }
+	d.Set("role", text(m.Role))
+	if m.Content == "" && len(m.ToolCalls) > 0 {
+		d.Set("content", jinja.None())
+	} else {
+		d.Set("content", text(m.Content))
+	}
+	if m.Name != "" {
+		d.Set("name", text(m.Name))
+	}
+	if len(m.ToolCalls) > 0 {
+		calls := make([]jinja.Value, len(m.ToolCalls))
+		for i, call := range m.ToolCalls {
+			arguments := jinja.NewDict()
+			if strings.TrimSpace(call.Function.Arguments) != "" {
+				var err error
+				arguments, err = jinja.FromJSON([]byte(call.Function.Arguments))
+				if err != nil {
+					return v, fmt.Errorf("tool_calls[%d].function.arguments is not JSON: %w", i, err)
+				}
+				if !arguments.IsDict() {
+					return v, fmt.Errorf("tool_calls[%d].function.arguments must be a JSON object, not %.40q", i, call.Function.Arguments)
+				}
+			}
+			function := jinja.NewDict()
+			function.AsDict().Set("name", text(call.Function.Name))
+			function.AsDict().Set("arguments", arguments)
+			value := jinja.NewDict()
+			if call.ID != "" {
+				value.AsDict().Set("id", text(call.ID))
+			}
+			kind := call.Type
+			if kind == "" {
+				kind = "function"
+			}
+			value.AsDict().Set("type", text(kind))
+			value.AsDict().Set("function", function)
+			calls[i] = value
+		}
+		d.Set("tool_calls", jinja.NewList(calls))
+	}
+	if m.ToolCallID != "" {
+		d.Set("tool_call_id", text(m.ToolCallID))
+	}
+	return v, nil
+}
