@@ -1,0 +1,171 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/store"
+	"github.com/hone-llm/hone/internal/wire"
+)
+
+func TestDecodeErrors(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ body, param, message string }{
+		{``, "", "the body is empty"},
+		{`{"model": "smol", }`, "", "not valid JSON: invalid character '}' looking for beginning of object key string (byte 19, line 1, column 19)"},
+		{"{\n \"model\": nul }", "", "line 2, column 14)"},
+		{`{"model": "smol"`, "", "not valid JSON: unexpected end of JSON input (byte 16"},
+		{`{} {}`, "", "not valid JSON"},
+		{`[1]`, "", "expected a JSON object as the body, not an array"},
+		{`null`, "", "expected a JSON object as the body, not null"},
+		{`"x"`, "", "expected a JSON object as the body, not a string"},
+		{`{"temperature":"hot"}`, "temperature", "temperature: expected a number, not a string"},
+		{`{"max_tokens":1.5}`, "max_tokens", "max_tokens: expected an integer, not the number 1.5"},
+		{`{"max_tokens":99999999999999999999}`, "max_tokens", "max_tokens: expected an integer"},
+		{`{"temperature":1e999}`, "temperature", "temperature: expected a number"},
+		{`{"stream":"yes"}`, "stream", "stream: expected true or false, not a string"},
+		{`{"messages":"hi"}`, "messages", "messages: expected an array, not a string"},
+		{`{"messages":[{"role":"user","content":"a"},{"role":5}]}`, "messages[1].role", "messages[1].role: expected a string, not the number 5"},
+		{`{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}`, "messages[0].content[0].type", `part of type "image_url" is not supported`},
+		{`{"stop":[1]}`, "stop[0]", "stop[0]: expected a string or an array of strings"},
+		{`{"guided_choice":["A",2]}`, "guided_choice[1]", "guided_choice[1]: expected a string, not the number 2"},
+		{`{"stream_options":{"include_usage":1}}`, "stream_options.include_usage", "expected true or false, not the number 1"},
+	} {
+		err := decodeJSON([]byte(test.body), new(wire.ChatCompletionRequest))
+		got := new(wire.Error)
+		if !errors.As(err, &got) {
+			t.Errorf("%s: %v, want a *wire.Error", test.body, err)
+			continue
+		}
+		param := ""
+		if got.Param != nil {
+			param = *got.Param
+		}
+		if got.Status != 400 || param != test.param || !strings.Contains(got.Message, test.message) {
+			t.Errorf("%s: %d, param %q, %q\nwant param %q, message with %q", test.body, got.Status, param, got.Message, test.param, test.message)
+		}
+	}
+	if err := decodeJSON([]byte(`{"model":"m","temperature":null,"stop":null,"messages":null,"unknown":1}`), new(wire.ChatCompletionRequest)); err != nil {
+		t.Errorf("nulls and unknown fields: %v", err)
+	}
+}
+
+func TestRefusedFields(t *testing.T) {
+	t.Parallel()
+	for body, param := range map[string]string{
+		`{"tools":[{}]}`:                                     "tools",
+		`{"tool_choice":"auto"}`:                             "tool_choice",
+		`{"functions":[{}]}`:                                 "functions",
+		`{"response_format":{"type":"json_object"}}`:         "response_format",
+		`{"response_format": { "type": "json_schema" } }`:    "response_format",
+		`{"logit_bias":{"5":1}}`:                             "logit_bias",
+		`{"presence_penalty":0.1}`:                           "presence_penalty",
+		`{"frequency_penalty":-1}`:                           "frequency_penalty",
+		`{"n":2}`:                                            "n",
+		`{"audio":{}}`:                                       "audio",
+		`{"modalities":["text","audio"]}`:                    "modalities",
+		`{"prediction":{}}`:                                  "prediction",
+		`{"reasoning_effort":"low"}`:                         "reasoning_effort",
+		`{"web_search_options":{}}`:                          "web_search_options",
+		`{"verbosity":"low"}`:                                "verbosity",
+		`{"echo":true}`:                                      "echo",
+		`{"best_of":2}`:                                      "best_of",
+		`{"suffix":"x"}`:                                     "suffix",
+		`{"chat_template_kwargs":{"enable_thinking":false}}`: "chat_template_kwargs",
+		`{"guided_json":{}}`:                                 "guided_json",
+		`{"guided_regex":"a"}`:                               "guided_regex",
+		`{"guided_grammar":"a"}`:                             "guided_grammar",
+		`{"grammar":"a"}`:                                    "grammar",
+		`{"json_schema":{}}`:                                 "json_schema",
+		`{"structured_outputs":{"choice":["a"]}}`:            "structured_outputs",
+		`{"regex":"a"}`:                                      "regex",
+		`{"allowed_token_ids":[1]}`:                          "allowed_token_ids",
+		`{"bad_words":["a"]}`:                                "bad_words",
+		`{"Guided_Regex":"a"}`:                               "Guided_Regex",
+
+		`{"tools":null,"tool_choice":"none","functions":[],"response_format":{ "type": "text" },"logit_bias":{}}`:                            "",
+		`{"n":1,"presence_penalty":0,"frequency_penalty":0.0,"modalities":["text"],"parallel_tool_calls":true,"guided_json":null}`:           "",
+		`{"user":"u","metadata":{"a":"b"},"store":true,"service_tier":"auto","safety_identifier":"x","prompt_cache_key":"k","whatever":[1]}`: "",
+		`{"guided_choice":["A","B"],"verbosity":"medium","top_k":4}`:                                                                         "",
+	} {
+		var fields map[string]json.RawMessage
+		if err := json.Unmarshal([]byte(body), &fields); err != nil {
+			t.Fatal(err)
+		}
+		err := refuseUnavailable(fields)
+		refused := new(wire.Error)
+		switch {
+		case param == "" && err != nil:
+			t.Errorf("%s: %v", body, err)
+		case param != "" && (!errors.As(err, &refused) || *refused.Param != param || refused.Status != 400 || !strings.Contains(refused.Message, param)):
+			t.Errorf("%s: %v, want a 400 for %s", body, err, param)
+		}
+	}
+}
+
+func TestErrorTable(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		err         error
+		status      int
+		kind, code  string
+		param, text string
+	}{
+		{invalid("x", "bad x"), 400, wire.ErrorTypeInvalidRequest, "", "x", "bad x"},
+		{&finetune.InvalidError{Param: "model", Code: "model_not_found", Message: "no"}, 400, wire.ErrorTypeInvalidRequest, "model_not_found", "model", "no"},
+		{&finetune.ConflictError{Message: "is succeeded"}, 409, wire.ErrorTypeInvalidRequest, "conflict", "", "is succeeded"},
+		{finetune.ErrNotFound, 404, wire.ErrorTypeInvalidRequest, "not_found", "", "no such fine-tuning job"},
+		{finetune.ErrUnknownModel, 404, wire.ErrorTypeInvalidRequest, "model_not_found", "", "no such base model"},
+		{finetune.ErrStopping, 503, wire.ErrorTypeServer, "shutting_down", "", "stopping"},
+		{adapters.ErrNotFound, 404, wire.ErrorTypeInvalidRequest, "model_not_found", "", "no such adapter"},
+		{&adapters.BaseMismatchError{Adapter: "ft:a", BaseModel: "a"}, 409, wire.ErrorTypeInvalidRequest, "base_model_changed", "", "was trained on a"},
+		{store.ErrNotFound, 404, wire.ErrorTypeInvalidRequest, "not_found", "", "not found"},
+		{&store.FileInUseError{FileID: "file-1", JobID: "ftjob-1"}, 409, wire.ErrorTypeInvalidRequest, "file_in_use", "", "ftjob-1"},
+		{child.ErrStopping, 503, wire.ErrorTypeServer, "shutting_down", "", "stopping"},
+		{child.ErrEnded, 500, wire.ErrorTypeServer, "runner_ended", "", "the next request starts it again"},
+		{&child.ExitError{Name: "runner", Code: 2, Stderr: []string{"secret"}}, 500, wire.ErrorTypeServer, "runner_ended", "", "the next request starts it again"},
+		{&child.Error{Code: child.CodeContextLength, Message: "too long"}, 400, wire.ErrorTypeInvalidRequest, "context_length_exceeded", "messages", "too long"},
+		{&child.Error{Code: child.CodeInvalidRequest, Message: "roles", Param: "messages"}, 400, wire.ErrorTypeInvalidRequest, "", "messages", "roles"},
+		{&child.Error{Code: child.CodeInvalidModel, Message: "bad magic"}, 400, wire.ErrorTypeInvalidRequest, "invalid_model", "model", "bad magic"},
+		{&child.Error{Code: child.CodeInvalidAdapter, Message: "rank"}, 400, wire.ErrorTypeInvalidRequest, "invalid_adapter", "model", "rank"},
+		{&child.Error{Code: child.CodeInternal, Message: "decode returned 1"}, 500, wire.ErrorTypeServer, "", "", "decode returned 1"},
+		{context.Canceled, 499, wire.ErrorTypeInvalidRequest, "", "", "closed"},
+		{context.DeadlineExceeded, 504, wire.ErrorTypeServer, "timeout", "", "deadline"},
+		{errors.New("secret"), 500, wire.ErrorTypeServer, "", "", "x-request-id"},
+	} {
+		for _, err := range []error{test.err, fmt.Errorf("wrapped: %w", test.err)} {
+			got := errorFor(err)
+			deref := func(s *string) string {
+				if s == nil {
+					return ""
+				}
+				return *s
+			}
+			if got.Status != test.status || got.Type != test.kind || deref(got.Code) != test.code || deref(got.Param) != test.param || !strings.Contains(got.Message, test.text) {
+				t.Errorf("%v: got %+v (code %q, param %q), want %+v", err, got, deref(got.Code), deref(got.Param), test)
+			}
+			if strings.Contains(got.Message, "secret") {
+				t.Errorf("%v: the message tells what is only for the log: %s", err, got.Message)
+			}
+		}
+	}
+}
+
+func TestBodyTooLarge(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	status, body := r.do(t, http.MethodPost, "/v1/chat/completions", `{"user":"`+strings.Repeat("x", maxBodyBytes)+`"}`)
+	wantError(t, "32 MiB and more", status, body, 413, "", "request_too_large", "longer than 32 MiB")
+	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Encoding", "gzip")
+	wantError(t, "compressed", status, body, 400, "", "", "uncompressed")
+	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Type", "multipart/form-data; boundary=x")
+	wantError(t, "form", status, body, 400, "", "", "expected a JSON body")
+}

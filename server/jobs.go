@@ -1,0 +1,228 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/wire"
+)
+
+// Jobs are the fine-tuning jobs; finetune.Jobs implements it. An unknown id is finetune.ErrNotFound.
+type Jobs interface {
+	Create(ctx context.Context, spec finetune.Spec) (*finetune.Job, error) // *finetune.InvalidError
+	Get(ctx context.Context, id string) (*finetune.Job, error)
+	List(ctx context.Context, after string, limit int) (jobs []finetune.Job, more bool, err error)
+	Cancel(ctx context.Context, id string) (*finetune.Job, error) // *finetune.ConflictError
+	Events(ctx context.Context, id, after string, limit int) (events []finetune.Event, more bool, err error)
+	Checkpoints(ctx context.Context, id, after string, limit int) (checkpoints []finetune.Checkpoint, more bool, err error)
+}
+
+// organization stands in every job: OpenAI's schema requires one, and hone has no organizations.
+const organization = "org-local"
+
+func (s *Server) createJob(c *gin.Context) error {
+	var req wire.FineTuningJobRequest
+	if err := decode(c, &req); err != nil {
+		return err
+	}
+	spec, err := jobSpec(&req)
+	if err != nil {
+		return err
+	}
+	job, err := s.jobs.Create(c.Request.Context(), spec)
+	if err != nil {
+		return fmt.Errorf("create job for %q: %w", req.Model, err)
+	}
+	return encodeJob(c, job)
+}
+
+// jobSpec translates a request. Ranges, and what is given twice, are the jobs' to check.
+func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
+	spec := finetune.Spec{Model: req.Model, TrainingFile: req.TrainingFile, Seed: req.Seed, Metadata: req.Metadata, MethodType: "supervised"}
+	if len(req.Integrations) > 0 && !isNull(req.Integrations) && string(req.Integrations) != "[]" {
+		return spec, invalid("integrations", "integrations are not available; leave them out. The losses are in the job's events")
+	}
+	if req.ValidationFile != nil {
+		spec.ValidationFile = *req.ValidationFile
+	}
+	if req.Suffix != nil {
+		spec.Suffix = *req.Suffix
+	}
+	given, err := hyperparameters(req)
+	if err != nil {
+		return spec, err
+	}
+	if given.NEpochs != nil {
+		spec.Requested.NEpochs = given.NEpochs.Value
+	}
+	if given.BatchSize != nil {
+		spec.Requested.BatchSize = given.BatchSize.Value
+	}
+	if given.LearningRateMultiplier != nil {
+		spec.Requested.LearningRateMultiplier = given.LearningRateMultiplier.Value
+	}
+	if len(req.Hone) > 0 && !isNull(req.Hone) {
+		spec.Options, err = trainOptions(req.Hone)
+	}
+	return spec, err
+}
+
+// hyperparameters finds OpenAI's three in the method or in their deprecated place.
+func hyperparameters(req *wire.FineTuningJobRequest) (wire.Hyperparameters, error) {
+	var old wire.Hyperparameters
+	if req.Hyperparameters != nil {
+		old = *req.Hyperparameters
+	}
+	if req.Method == nil {
+		return old, nil
+	}
+	if req.Method.Type != "supervised" {
+		return old, invalid("method.type", "method.type is %q, expected supervised: dpo and reinforcement are not available", req.Method.Type)
+	}
+	if req.Method.Supervised == nil || req.Method.Supervised.Hyperparameters == nil {
+		return old, nil
+	}
+	if old != (wire.Hyperparameters{}) {
+		return old, invalid("hyperparameters", "hyperparameters are given twice; leave them out in favour of method.supervised.hyperparameters")
+	}
+	return *req.Method.Supervised.Hyperparameters, nil
+}
+
+func (s *Server) listJobs(c *gin.Context) error {
+	limit, err := limitOf(c, 20, 1000)
+	if err != nil {
+		return err
+	}
+	jobs, more, err := s.jobs.List(c.Request.Context(), c.Query("after"), limit)
+	if err != nil {
+		return err
+	}
+	list := []wire.FineTuningJob{}
+	for _, job := range jobs {
+		shown, err := jobToWire(&job)
+		if err != nil {
+			return err
+		}
+		list = append(list, shown)
+	}
+	return encode(c, http.StatusOK, page(list, more, func(j wire.FineTuningJob) string { return j.ID }))
+}
+
+func (s *Server) getJob(c *gin.Context) error {
+	job, err := s.jobs.Get(c.Request.Context(), c.Param("id"))
+	if err != nil {
+		return err
+	}
+	return encodeJob(c, job)
+}
+
+func (s *Server) cancelJob(c *gin.Context) error {
+	job, err := s.jobs.Cancel(c.Request.Context(), c.Param("id"))
+	if err != nil {
+		return err
+	}
+	return encodeJob(c, job)
+}
+
+func (s *Server) listEvents(c *gin.Context) error {
+	limit, err := limitOf(c, 20, 1000)
+	if err != nil {
+		return err
+	}
+	events, more, err := s.jobs.Events(c.Request.Context(), c.Param("id"), c.Query("after"), limit)
+	if err != nil {
+		return err
+	}
+	list := []wire.FineTuningJobEvent{}
+	for _, e := range events {
+		shown := wire.FineTuningJobEvent{ID: e.ID, Object: "fine_tuning.job.event", CreatedAt: e.CreatedAt, Level: e.Level, Message: e.Message, Type: e.Type, Data: e.Data}
+		if len(shown.Data) == 0 {
+			shown.Data = json.RawMessage("{}")
+		}
+		list = append(list, shown)
+	}
+	return encode(c, http.StatusOK, page(list, more, func(e wire.FineTuningJobEvent) string { return e.ID }))
+}
+
+func (s *Server) listCheckpoints(c *gin.Context) error {
+	limit, err := limitOf(c, 10, 1000)
+	if err != nil {
+		return err
+	}
+	checkpoints, more, err := s.jobs.Checkpoints(c.Request.Context(), c.Param("id"), c.Query("after"), limit)
+	if err != nil {
+		return err
+	}
+	list := []wire.FineTuningJobCheckpoint{}
+	for _, p := range checkpoints {
+		list = append(list, wire.FineTuningJobCheckpoint{
+			ID: p.ID, Object: "fine_tuning.job.checkpoint", CreatedAt: p.CreatedAt, Model: p.Model, StepNumber: p.StepNumber,
+			FineTuningJob: p.JobID, MetricsAtPoint: p.Metrics,
+		})
+	}
+	return encode(c, http.StatusOK, page(list, more, func(p wire.FineTuningJobCheckpoint) string { return p.ID }))
+}
+
+func encodeJob(c *gin.Context, job *finetune.Job) error {
+	shown, err := jobToWire(job)
+	if err != nil {
+		return err
+	}
+	return encode(c, http.StatusOK, shown)
+}
+
+func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
+	h := wire.Hyperparameters{
+		NEpochs:                &wire.Auto[int]{Value: job.Hyperparameters.NEpochs},
+		BatchSize:              &wire.Auto[int]{Value: job.Hyperparameters.BatchSize},
+		LearningRateMultiplier: &wire.Auto[float64]{Value: job.Hyperparameters.LearningRateMultiplier},
+	}
+	shown := wire.FineTuningJob{
+		ID: job.ID, Object: "fine_tuning.job", CreatedAt: job.CreatedAt, FinishedAt: unlessZero(job.FinishedAt), Model: job.Model,
+		FineTunedModel: unlessZero(job.FineTunedModel), OrganizationID: organization, Status: string(job.Status),
+		Hyperparameters: h, Method: &wire.FineTuningMethod{Type: "supervised", Supervised: &wire.SupervisedMethod{Hyperparameters: &h}},
+		TrainingFile: job.TrainingFile, ValidationFile: unlessZero(job.ValidationFile), ResultFiles: job.ResultFiles,
+		Seed: job.Seed, EstimatedFinish: unlessZero(job.EstimatedFinish), Metadata: job.Metadata, UserSuffix: unlessZero(job.Suffix),
+		Hone: &wire.FineTuningDetails{Attempt: job.Attempt},
+	}
+	if shown.ResultFiles == nil {
+		shown.ResultFiles = []string{}
+	}
+	if job.Status.Final() {
+		shown.TrainedTokens = &job.TrainedTokens
+	}
+	if job.Error != nil {
+		shown.Error = &wire.FineTuningJobError{Code: job.Error.Code, Message: job.Error.Message, Param: unlessZero(job.Error.Param)}
+	}
+	options, err := json.Marshal(job.Options)
+	if err != nil {
+		return shown, fmt.Errorf("encode the options of job %s: %w", job.ID, err)
+	}
+	shown.Hone.Options = options
+	if job.Plan != nil {
+		if shown.Hone.Plan, err = json.Marshal(job.Plan); err != nil {
+			return shown, fmt.Errorf("encode the plan of job %s: %w", job.ID, err)
+		}
+	}
+	if p := job.Progress; job.Attempt > 0 {
+		shown.Hone.Progress = &wire.FineTuningProgress{
+			Step: p.Step, TotalSteps: p.TotalSteps, Fraction: p.Fraction, TokensPerSecond: p.TokensPerSecond, SecondsLeft: p.SecondsLeft,
+			TrainLoss: p.TrainLoss, ValidLoss: p.ValidLoss, ValidAccuracy: p.ValidAccuracy,
+		}
+	}
+	return shown, nil
+}
+
+// unlessZero is nil, written as null, for the zero value.
+func unlessZero[T comparable](v T) *T {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return &v
+}

@@ -1,0 +1,215 @@
+// Package server is hone's HTTP API: it decodes a request, calls one method of the package that does the work, and
+// encodes what it returns. It keeps no state of its own, and never loads a model.
+//
+//	s := server.New(server.Options{Generator: runners, Models: models, Adapters: registry, Jobs: jobs, Files: st})
+//	http.ListenAndServe("127.0.0.1:8080", s.Handler())
+//
+// Paths, objects and errors are OpenAI's. Every handler returns an error, and Server.handle is the one place that logs
+// it and writes its envelope. errors.go has the table from errors to answers, fields.go the fields that are refused.
+package server
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/hone-llm/hone/internal/wire"
+)
+
+// Options are what the API works with. Generator, Models, Adapters, Jobs and Files are required.
+type Options struct {
+	Generator Generator
+	Models    Models
+	Adapters  Adapters
+	Jobs      Jobs
+	Files     Files
+
+	// AllowedHosts are names that the Host header may have beside loopback names and addresses; AnyHost allows all.
+	AllowedHosts []string
+	AnyHost      bool
+	Logger       *slog.Logger     // nil drops the log
+	Now          func() time.Time // nil: time.Now
+}
+
+// Server answers the API's requests. It is safe for concurrent use.
+type Server struct {
+	generator Generator
+	models    Models
+	adapters  Adapters
+	jobs      Jobs
+	files     Files
+
+	hosts   []string
+	anyHost bool
+	origin  *http.CrossOriginProtection
+	logger  *slog.Logger
+	now     func() time.Time
+	engine  *gin.Engine
+}
+
+// New returns the server of opts.
+func New(opts Options) *Server {
+	s := &Server{
+		generator: opts.Generator, models: opts.Models, adapters: opts.Adapters, jobs: opts.Jobs, files: opts.Files,
+		hosts: opts.AllowedHosts, anyHost: opts.AnyHost, origin: http.NewCrossOriginProtection(),
+		logger: opts.Logger, now: opts.Now,
+	}
+	if s.logger == nil {
+		s.logger = slog.New(slog.DiscardHandler)
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	gin.SetMode(gin.ReleaseMode) // process-wide in gin; the other modes print routes to standard output
+	s.engine = gin.New()
+	// Routes are matched against the decoded path, and names of models, which may hold / and :, are path tails; so an id
+	// arrives whole, escaped or not, and nothing is redirected.
+	s.engine.RedirectTrailingSlash = false
+	s.engine.HandleMethodNotAllowed = true
+	s.engine.Use(s.handle(s.guard))
+	s.route()
+	return s
+}
+
+// Handler returns the HTTP handler of all routes.
+func (s *Server) Handler() http.Handler { return s.engine }
+
+func (s *Server) route() {
+	e := s.engine
+	e.GET("/health", s.handle(s.health))
+	v1 := e.Group("/v1")
+	v1.POST("/chat/completions", s.handle(s.chatCompletion))
+	v1.POST("/completions", s.handle(s.completion))
+	v1.GET("/models", s.handle(s.listModels))
+	v1.GET("/models/*id", s.handle(s.getModel))
+	v1.DELETE("/models/*id", s.handle(s.deleteModel))
+	v1.POST("/files", s.handle(s.createFile))
+	v1.GET("/files", s.handle(s.listFiles))
+	v1.GET("/files/:id", s.handle(s.getFile))
+	v1.GET("/files/:id/content", s.handle(s.fileContent))
+	v1.DELETE("/files/:id", s.handle(s.deleteFile))
+	v1.POST("/fine_tuning/jobs", s.handle(s.createJob))
+	v1.GET("/fine_tuning/jobs", s.handle(s.listJobs))
+	v1.GET("/fine_tuning/jobs/:id", s.handle(s.getJob))
+	v1.POST("/fine_tuning/jobs/:id/cancel", s.handle(s.cancelJob))
+	v1.GET("/fine_tuning/jobs/:id/events", s.handle(s.listEvents))
+	v1.GET("/fine_tuning/jobs/:id/checkpoints", s.handle(s.listCheckpoints))
+	e.NoRoute(s.handle(func(c *gin.Context) error {
+		return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Code: text("unknown_url"),
+			Message: fmt.Sprintf("there is no %s %s; the API is under /v1", c.Request.Method, c.Request.URL.Path)}
+	}))
+	e.NoMethod(s.handle(func(c *gin.Context) error {
+		return &wire.Error{Status: http.StatusMethodNotAllowed, Type: wire.ErrorTypeInvalidRequest, Code: text("method_not_allowed"),
+			Message: fmt.Sprintf("%s does not take %s, but %s", c.Request.URL.Path, c.Request.Method, c.Writer.Header().Get("Allow"))}
+	}))
+}
+
+// handle calls h, and logs and answers its error. It is the only place that does either.
+func (s *Server) handle(h func(*gin.Context) error) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		err := safely(c, h)
+		if err == nil {
+			return
+		}
+		c.Abort()
+		answer := errorFor(err)
+		log := s.logger.With("request_id", c.Writer.Header().Get(requestIDHeader), "method", c.Request.Method,
+			"path", c.Request.URL.Path, "status", answer.Status, "error", err)
+		switch {
+		case answer.Status == statusClientGone:
+			log.Debug("client gone")
+			if c.Request.Context().Err() != nil {
+				return
+			}
+		case answer.Status >= http.StatusInternalServerError:
+			log.Error("request failed")
+		default:
+			log.Info("request refused")
+		}
+		if c.Writer.Written() {
+			// The status is sent: the stream tells it, and its end without [DONE].
+			writeEvent(c, wire.ErrorResponse{Error: answer})
+			return
+		}
+		_ = encode(c, answer.Status, wire.ErrorResponse{Error: answer}) // the client may be gone
+	}
+}
+
+// safely turns a panic, our own bug, into an error with its stack. The client gets a plain 500.
+func safely(c *gin.Context, h func(*gin.Context) error) (err error) {
+	defer func() {
+		switch p := recover(); {
+		case p == http.ErrAbortHandler:
+			panic(p)
+		case p != nil:
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return h(c)
+}
+
+// encode writes v as JSON without escaping <, > and &, which model output is full of.
+func encode(c *gin.Context, status int, v any) error {
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("encode the answer: %w", err)
+	}
+	c.Header("Content-Type", "application/json")
+	c.Header("X-Content-Type-Options", "nosniff")
+	c.Status(status)
+	_, _ = c.Writer.Write(body.Bytes()) // a client that is gone cannot be told
+	return nil
+}
+
+const requestIDHeader = "X-Request-Id"
+
+// guard names the request, and refuses what a browser sends for a foreign page.
+//
+// A page of any site can make a browser send requests to this machine. Writes from another origin are told by their
+// Origin and Sec-Fetch-Site headers. A page whose own name was pointed at 127.0.0.1 after it was loaded (DNS
+// rebinding) is of the same origin for the browser, and only its Host header tells it.
+func (s *Server) guard(c *gin.Context) error {
+	c.Header(requestIDHeader, "req_"+strings.ToLower(rand.Text()))
+	if !s.hostAllowed(c.Request.Host) {
+		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: text("host_not_allowed"),
+			Message: fmt.Sprintf("requests to the host name %q are refused; use 127.0.0.1, or add the name to allowed_hosts in the configuration", c.Request.Host)}
+	}
+	if err := s.origin.Check(c.Request); err != nil {
+		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: text("origin_not_allowed"),
+			Message: "requests from web pages of another origin are refused"}
+	}
+	return nil
+}
+
+// hostAllowed reports whether a Host header may be served. Addresses are: rebinding needs a name.
+func (s *Server) hostAllowed(host string) bool {
+	name := host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		name = h
+	}
+	name = strings.ToLower(strings.TrimSuffix(strings.Trim(name, "[]"), "."))
+	if _, err := netip.ParseAddr(name); err == nil {
+		return true
+	}
+	return s.anyHost || name == "localhost" || strings.HasSuffix(name, ".localhost") ||
+		slices.ContainsFunc(s.hosts, func(allowed string) bool { return strings.EqualFold(allowed, name) })
+}
+
+func (s *Server) health(c *gin.Context) error {
+	return encode(c, http.StatusOK, struct {
+		Status string `json:"status"`
+	}{"ok"})
+}

@@ -1,0 +1,472 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"iter"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	openai "github.com/sashabaranov/go-openai"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/store"
+)
+
+// echo is a Generator whose model repeats the last message word by word, or takes the first choice. Some words act:
+// die ends the process, toolong is refused, wait goes on until the request is cancelled, panic panics.
+type echo struct {
+	mu        sync.Mutex
+	requests  []child.GenerateRequest
+	bases     []child.Base
+	cancelled chan struct{}
+}
+
+func (e *echo) last() (child.GenerateRequest, child.Base) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.requests[len(e.requests)-1], e.bases[len(e.bases)-1]
+}
+
+func (e *echo) Generate(ctx context.Context, base child.Base, req child.GenerateRequest) iter.Seq2[child.GenerateEvent, error] {
+	e.mu.Lock()
+	e.requests, e.bases = append(e.requests, req), append(e.bases, base)
+	e.mu.Unlock()
+	var prompt string
+	if req.Prompt != nil {
+		prompt = *req.Prompt
+	} else {
+		prompt = req.Messages[len(req.Messages)-1].Content
+	}
+	words := strings.Fields(prompt)
+	if req.Choices != nil {
+		words = req.Choices[:1]
+	}
+	finish := "stop"
+	if req.MaxTokens > 0 && len(words) > req.MaxTokens {
+		words, finish = words[:req.MaxTokens], "length"
+	}
+	return func(yield func(child.GenerateEvent, error) bool) {
+		for i, word := range words {
+			switch word {
+			case "die":
+				yield(child.GenerateEvent{}, &child.ExitError{Name: "runner", Code: -1, Signal: syscall.SIGABRT, Stderr: []string{"secret path"}})
+				return
+			case "toolong":
+				yield(child.GenerateEvent{}, &child.Error{Code: child.CodeContextLength, Message: "the prompt has 9000 tokens, the context 8192"})
+				return
+			case "wait":
+				<-ctx.Done()
+				close(e.cancelled)
+				yield(child.GenerateEvent{}, context.Cause(ctx))
+				return
+			case "panic":
+				panic("a bug")
+			}
+			piece := word
+			if i > 0 {
+				piece = " " + word
+			}
+			event := child.GenerateEvent{Text: piece}
+			if req.LogProbs {
+				token := child.TokenLogProb{Token: piece, Bytes: []byte(piece), LogProb: -0.5}
+				for j := range req.TopLogProbs {
+					token.Top = append(token.Top, child.TokenLogProb{Token: fmt.Sprint(j), Bytes: []byte{byte(200 + j)}, LogProb: math.Inf(-j)})
+				}
+				event.LogProbs = []child.TokenLogProb{token}
+			}
+			if !yield(event, nil) {
+				return
+			}
+		}
+		yield(child.GenerateEvent{FinishReason: finish, Usage: &child.Usage{PromptTokens: 7, CompletionTokens: len(words), CachedTokens: 3}}, nil)
+	}
+}
+
+// bases are base models that need no files.
+type bases []BaseModel
+
+func (b bases) List(context.Context) ([]BaseModel, error) { return b, nil }
+
+func (b bases) Get(_ context.Context, name string) (BaseModel, error) {
+	i := slices.IndexFunc(b, func(m BaseModel) bool { return m.Name == name })
+	if i < 0 {
+		return BaseModel{}, fmt.Errorf("%q: %w", name, finetune.ErrUnknownModel)
+	}
+	return b[i], nil
+}
+
+func (b bases) Base(ctx context.Context, name string) (dir, digest string, err error) {
+	m, err := b.Get(ctx, name)
+	return m.Dir, m.Digest, err
+}
+
+var smolDigest = strings.Repeat("ab", 32)
+
+// rig is a server over a real store, registry and job list; only the model is small.
+type rig struct {
+	*httptest.Server
+	echo     *echo
+	store    *store.Store
+	registry *adapters.Registry
+	jobs     *finetune.Jobs
+	dir      string
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	dir := t.TempDir()
+	st, err := store.Open(t.Context(), dir, store.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { st.Close() })
+	registry, err := adapters.Open(t.Context(), filepath.Join(dir, "adapters"), st, adapters.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { registry.Close() })
+	models := bases{{Base: child.Base{Name: "smol", Dir: "/models/smol", Digest: smolDigest}, Architecture: "llama", ContextTokens: 2048, CreatedAt: 5}}
+	// The jobs are not started: those that are created stay in their first state.
+	jobs := finetune.New(finetune.Options{Store: st, Models: models, Adapters: registry, Dir: filepath.Join(dir, "jobs")})
+	r := &rig{echo: &echo{cancelled: make(chan struct{})}, store: st, registry: registry, jobs: jobs, dir: dir}
+	s := New(Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Now: func() time.Time { return time.Unix(1700000000, 0) }})
+	r.Server = httptest.NewServer(s.Handler())
+	t.Cleanup(r.Close)
+	return r
+}
+
+// tuned publishes an adapter and returns its name.
+func (r *rig) tuned(t *testing.T, digest string) string {
+	t.Helper()
+	id := store.NewID("", 8)
+	dir := filepath.Join(r.dir, "new-"+id)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	weights := []byte("weights")
+	sum := sha256.Sum256(weights)
+	m := adapters.Manifest{
+		ID: id, Name: adapters.Name("smol", "quiz", id), BaseModel: "smol", BaseDigest: digest, JobID: "ftjob-1", CreatedAt: 9, Rank: 16, Alpha: 32,
+		TargetModules: []string{"q_proj"}, QuestionTemplate: "{{.Question}}", Choices: []string{"A", "B"}, MaxLength: 64,
+		Files: map[string]string{adapters.GGUFFile: hex.EncodeToString(sum[:])},
+	}
+	manifest, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{adapters.GGUFFile: weights, adapters.ManifestFile: manifest} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := r.registry.Publish(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	return m.Name
+}
+
+func (r *rig) client() *openai.Client {
+	config := openai.DefaultConfig("any key")
+	config.BaseURL = r.URL + "/v1"
+	return openai.NewClientWithConfig(config)
+}
+
+// do sends a request and returns the status and the body.
+func (r *rig) do(t *testing.T, method, path, body string, headers ...string) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, r.URL+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i+1 < len(headers); i += 2 {
+		if headers[i] == "Host" {
+			req.Host = headers[i+1]
+			continue
+		}
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := r.Client().Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(resp.Header.Get("X-Request-Id"), "req_") {
+		t.Errorf("%s %s: no x-request-id", method, path)
+	}
+	return resp.StatusCode, string(data)
+}
+
+// wantError checks the status, the envelope's four keys, the param, the code, and a part of the message.
+func wantError(t *testing.T, name string, status int, body string, wantStatus int, wantParam, wantCode, wantMessage string) {
+	t.Helper()
+	var envelope struct {
+		Error map[string]*string `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(body), &envelope); err != nil || len(envelope.Error) != 4 {
+		t.Errorf("%s: body is not an error envelope with four keys: %s", name, body)
+		return
+	}
+	str := func(key string) string {
+		if envelope.Error[key] == nil {
+			return ""
+		}
+		return *envelope.Error[key]
+	}
+	if status != wantStatus || str("param") != wantParam || str("code") != wantCode || !strings.Contains(str("message"), wantMessage) {
+		t.Errorf("%s: got %d %s\nwant %d, param %q, code %q, message with %q", name, status, body, wantStatus, wantParam, wantCode, wantMessage)
+	}
+}
+
+func TestRouting(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	if status, body := r.do(t, "GET", "/health", ""); status != 200 || body != "{\"status\":\"ok\"}\n" {
+		t.Errorf("health: %d %s", status, body)
+	}
+	for _, test := range []struct {
+		method, path string
+		status       int
+		code         string
+	}{
+		{"GET", "/", 404, "unknown_url"},
+		{"GET", "/v1/embeddings", 404, "unknown_url"},
+		{"POST", "/v1/chat/completions/", 404, "unknown_url"},
+		{"GET", "/v1/chat/completions", 405, "method_not_allowed"},
+		{"PUT", "/v1/files", 405, "method_not_allowed"},
+		{"POST", "/v1/models/smol", 405, "method_not_allowed"},
+		{"GET", "/v1/models/none", 404, "model_not_found"},
+		{"DELETE", "/v1/models/none", 404, "model_not_found"},
+		{"DELETE", "/v1/models/ft:none", 404, "model_not_found"},
+		{"GET", "/v1/files/none", 404, "not_found"},
+		{"GET", "/v1/files/none/content", 404, "not_found"},
+		{"DELETE", "/v1/files/none", 404, "not_found"},
+		{"GET", "/v1/files/..%2f..%2fetc%2fpasswd", 404, "unknown_url"},
+		{"GET", "/v1/fine_tuning/jobs/none", 404, "not_found"},
+		{"POST", "/v1/fine_tuning/jobs/none/cancel", 404, "not_found"},
+		{"GET", "/v1/fine_tuning/jobs/none/events", 404, "not_found"},
+		{"GET", "/v1/fine_tuning/jobs/none/checkpoints", 404, "not_found"},
+	} {
+		status, body := r.do(t, test.method, test.path, "")
+		if status != test.status || !strings.Contains(body, `"code":"`+test.code+`"`) || !strings.HasPrefix(body, `{"error":{"message":`) {
+			t.Errorf("%s %s: %d %s, want %d %s", test.method, test.path, status, body, test.status, test.code)
+		}
+	}
+}
+
+func TestGuard(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for _, test := range []struct {
+		name, method string
+		headers      []string
+		want         int
+	}{
+		{"address", "GET", nil, 200},
+		{"localhost", "GET", []string{"Host", "localhost:8080"}, 200},
+		{"IPv6", "GET", []string{"Host", "[::1]:8080"}, 200},
+		{"another address of this machine", "GET", []string{"Host", "192.168.0.7:8080"}, 200},
+		{"name under localhost", "GET", []string{"Host", "hone.localhost"}, 200},
+		{"rebound name", "GET", []string{"Host", "evil.example:8080"}, 403},
+		{"name that only begins so", "GET", []string{"Host", "localhost.evil.example"}, 403},
+		{"address that only begins so", "GET", []string{"Host", "127.0.0.1.evil.example"}, 403},
+		{"page of another site writes", "POST", []string{"Sec-Fetch-Site", "cross-site"}, 403},
+		{"page of another origin writes", "POST", []string{"Origin", "http://evil.example"}, 403},
+		{"page of another origin reads", "GET", []string{"Origin", "http://evil.example"}, 200},
+	} {
+		path := "/health"
+		if test.method == "POST" {
+			path = "/v1/chat/completions"
+		}
+		if status, body := r.do(t, test.method, path, "{}", test.headers...); status != test.want {
+			t.Errorf("%s: %d %s, want %d", test.name, status, body, test.want)
+		}
+	}
+}
+
+func TestPanicIsAPlain500(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	status, body := r.do(t, "POST", "/v1/chat/completions", `{"model":"smol","messages":[{"role":"user","content":"panic"}]}`)
+	if status != 500 || strings.Contains(body, "a bug") || strings.Contains(body, "goroutine") {
+		t.Errorf("got %d %s", status, body)
+	}
+}
+
+func TestModels(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	name := r.tuned(t, smolDigest)
+	list, err := r.client().ListModels(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(list.Models) != 2 || list.Models[0].ID != "smol" || list.Models[1].ID != name {
+		t.Fatalf("listed %+v", list.Models)
+	}
+	for _, path := range []string{name, strings.ReplaceAll(name, ":", "%3A")} {
+		if status, body := r.do(t, "GET", "/v1/models/"+path, ""); status != 200 || !strings.Contains(body, `"id":"`+name+`"`) ||
+			!strings.Contains(body, `"question_template":"{{.Question}}"`) {
+			t.Errorf("get %s: %d %s", path, status, body)
+		}
+	}
+	if status, body := r.do(t, "GET", "/v1/models/a%2Fb", ""); status != 404 || !strings.Contains(body, `the model \"a/b\" does not exist; there is smol`) {
+		t.Errorf("a name with a slash: %d %s", status, body)
+	}
+	if status, body := r.do(t, "DELETE", "/v1/models/smol", ""); status != 400 || !strings.Contains(body, "hone models rm smol") {
+		t.Errorf("delete of a base model: %d %s", status, body)
+	}
+	if resp, err := r.client().DeleteFineTuneModel(t.Context(), name); err != nil || !resp.Deleted || resp.ID != name {
+		t.Errorf("delete: %+v, %v", resp, err)
+	}
+	if status, _ := r.do(t, "GET", "/v1/models/"+name, ""); status != 404 {
+		t.Errorf("after the deletion: %d", status)
+	}
+}
+
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	client := r.client()
+	var ids []string
+	for i := range 3 {
+		file, err := client.CreateFileBytes(t.Context(), openai.FileBytesRequest{Name: fmt.Sprintf("t%d.jsonl", i), Bytes: []byte{'a' + byte(i)}, Purpose: openai.PurposeFineTune})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if file.Bytes != 1 || file.FileName != fmt.Sprintf("t%d.jsonl", i) || file.Status != "processed" || file.Purpose != "fine-tune" {
+			t.Errorf("created %+v", file)
+		}
+		ids = append(ids, file.ID)
+	}
+	content, err := client.GetFileContent(t.Context(), ids[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, _ := io.ReadAll(content); string(data) != "b" {
+		t.Errorf("content %q", data)
+	}
+	content.Close()
+	listed := func(query string) (got []string, more bool) {
+		_, body := r.do(t, "GET", "/v1/files"+query, "")
+		var list struct {
+			Data []struct {
+				ID string `json:"id"`
+			} `json:"data"`
+			HasMore *bool `json:"has_more"`
+		}
+		if err := json.Unmarshal([]byte(body), &list); err != nil || list.HasMore == nil {
+			t.Fatalf("%s: %s", query, body)
+		}
+		for _, f := range list.Data {
+			got = append(got, f.ID)
+		}
+		return got, *list.HasMore
+	}
+	if got, more := listed(""); !slices.Equal(got, []string{ids[2], ids[1], ids[0]}) || more {
+		t.Errorf("all: %v, %v", got, more)
+	}
+	if got, more := listed("?limit=2&order=asc"); !slices.Equal(got, ids[:2]) || !more {
+		t.Errorf("first two: %v, %v", got, more)
+	}
+	if got, more := listed("?order=asc&after=" + ids[1]); !slices.Equal(got, ids[2:]) || more {
+		t.Errorf("after the second: %v, %v", got, more)
+	}
+	if got, _ := listed("?purpose=batch"); len(got) != 0 {
+		t.Errorf("of another purpose: %v", got)
+	}
+	for query, param := range map[string]string{"?limit=0": "limit", "?limit=x": "limit", "?order=up": "order", "?after=none": "after"} {
+		status, body := r.do(t, "GET", "/v1/files"+query, "")
+		wantError(t, query, status, body, 400, param, "", param)
+	}
+	if err := client.DeleteFile(t.Context(), ids[0]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.GetFile(t.Context(), ids[0]); err == nil {
+		t.Error("a deleted file is still there")
+	}
+}
+
+// form builds a multipart body from parts in order: name, file name ("" for a field), value.
+func form(parts ...[3]string) (body, contentType string) {
+	const boundary = "xxBOUNDARYxx"
+	var b strings.Builder
+	for _, part := range parts {
+		fmt.Fprintf(&b, "--%s\r\nContent-Disposition: form-data; name=%q", boundary, part[0])
+		if part[1] != "" {
+			fmt.Fprintf(&b, "; filename=%q", part[1])
+		}
+		fmt.Fprintf(&b, "\r\n\r\n%s\r\n", part[2])
+	}
+	fmt.Fprintf(&b, "--%s--\r\n", boundary)
+	return b.String(), "multipart/form-data; boundary=" + boundary
+}
+
+func TestUploadForms(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for _, test := range []struct {
+		name  string
+		parts [][3]string
+		cut   int // bytes cut off the end
+		param string
+		part  string // of the error or of the answer
+	}{
+		{name: "purpose first", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "a.jsonl", "x"}}, part: `"filename":"a.jsonl"`},
+		{name: "file first", parts: [][3]string{{"file", "a.jsonl", "xyz"}, {"purpose", "", "fine-tune"}}, part: `"bytes":3`},
+		{name: "path as name", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "../../etc/passwd", "x"}}, part: `"filename":"passwd"`},
+		{name: "Chinese name", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "训练.jsonl", "x"}}, part: `"filename":"训练.jsonl"`},
+		{name: "no purpose", parts: [][3]string{{"file", "a", "x"}}, param: "purpose", part: "no field named purpose"},
+		{name: "wrong purpose", parts: [][3]string{{"purpose", "", "fun"}, {"file", "a", "x"}}, param: "purpose", part: `purpose is \"fun\", expected one of fine-tune`},
+		{name: "no file", parts: [][3]string{{"purpose", "", "fine-tune"}}, param: "file", part: "no field named file"},
+		{name: "file without a name", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "", "x"}}, param: "file", part: "not a file"},
+		{name: "empty file", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "a.jsonl", ""}}, param: "file", part: "a.jsonl is empty"},
+		{name: "cut off", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "a.jsonl", strings.Repeat("x", 1000)}}, cut: 500, param: "file", part: "cut off"},
+		{name: "two files", parts: [][3]string{{"file", "a", "x"}, {"file", "b", "y"}}, param: "file", part: "more than one file"},
+		{name: "expiry", parts: [][3]string{{"expires_after[seconds]", "", "9"}, {"purpose", "", "fine-tune"}, {"file", "b", "y"}}, param: "expires_after", part: "not available"},
+	} {
+		body, contentType := form(test.parts...)
+		status, answer := r.do(t, "POST", "/v1/files", body[:len(body)-test.cut], "Content-Type", contentType)
+		if test.param == "" {
+			if status != 200 || !strings.Contains(answer, test.part) {
+				t.Errorf("%s: %d %s", test.name, status, answer)
+			}
+			continue
+		}
+		if status != 400 || !strings.Contains(answer, `"param":"`+test.param+`"`) || !strings.Contains(answer, test.part) {
+			t.Errorf("%s: %d %s, want param %s and %s", test.name, status, answer, test.param, test.part)
+		}
+	}
+	status, body := r.do(t, "POST", "/v1/files", `{"purpose":"fine-tune"}`, "Content-Type", "application/json")
+	wantError(t, "JSON", status, body, 400, "file", "", "multipart/form-data")
+}
+
+func TestFileLimit(t *testing.T) {
+	t.Parallel()
+	for size, want := range map[int]bool{9: true, 10: true, 11: false} {
+		data, err := io.ReadAll(&fileLimit{r: bytes.NewReader(make([]byte, size)), left: 10})
+		if (err == nil) != want || want && len(data) != size {
+			t.Errorf("%d bytes under a limit of 10: read %d, %v", size, len(data), err)
+		}
+	}
+}
