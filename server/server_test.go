@@ -87,7 +87,7 @@ func (e *echo) Generate(ctx context.Context, base child.Base, req child.Generate
 			if req.LogProbs {
 				token := child.TokenLogProb{Token: piece, Bytes: []byte(piece), LogProb: -0.5}
 				for j := range req.TopLogProbs {
-					token.Top = append(token.Top, child.TokenLogProb{Token: fmt.Sprint(j), Bytes: []byte{byte(200 + j)}, LogProb: math.Inf(-j)})
+					token.Top = append(token.Top, child.TokenLogProb{Token: fmt.Sprint(j), Bytes: []byte{byte(200 + j)}, LogProb: math.Inf(-1)})
 				}
 				event.LogProbs = []child.TokenLogProb{token}
 			}
