@@ -63,6 +63,9 @@ func newRootCommand(s streams) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.PersistentFlags().String("config", "", "configuration file (default: $HONE_HOME/hone.yaml if it exists)")
 	// One line a command; each lives in the file of its name.
-	root.AddCommand()
+	root.AddCommand(
+		newModelsCommand(s),
+		newPullCommand(s),
+	)
 	return root
 }

@@ -187,6 +187,23 @@ func TestPullThroughTheCache(t *testing.T) {
 	if !os.SameFile(a, b) {
 		t.Error("two data directories have two copies of a cached file")
 	}
+	// A symbolic link in the cache does not make one of the model.
+	path := filepath.Join(cache.dir, "m.gguf")
+	outside := filepath.Join(t.TempDir(), "outside.gguf")
+	if err := os.Rename(path, outside); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(outside, path); err != nil {
+		t.Fatal(err)
+	}
+	third, err := openStore(t).Pull(t.Context(), cache, source, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Lstat(third.Weights()); err != nil || !info.Mode().IsRegular() {
+		t.Errorf("the weights are %v, %v; want a regular file", info, err)
+	}
+
 	// A name that is taken by other weights is an error, not the wrong model.
 	changed := source
 	changed.SHA256 = strings.Repeat("0", 64)

@@ -158,6 +158,10 @@ func (h *hub) get(ctx context.Context, method string, u *url.URL, offset int64, 
 		}
 		resp, err := h.client.Do(req)
 		if err != nil {
+			var withURL *url.Error // the address is long, signed on the storage's host, and no news
+			if errors.As(err, &withURL) {
+				err = withURL.Err
+			}
 			return nil, err
 		}
 		location := resp.Header.Get("Location")

@@ -275,6 +275,10 @@ func (s *Store) removeStale() {
 
 // place puts the content of src at dst, which must not exist, and returns its sha256.
 func place(ctx context.Context, dst, src string, opts AddOptions) (digest string, err error) {
+	// A hard link to a symbolic link would be one more of these.
+	if src, err = filepath.EvalSymlinks(src); err != nil {
+		return "", err
+	}
 	in, err := os.Open(src)
 	if err != nil {
 		return "", err

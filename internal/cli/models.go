@@ -1,0 +1,140 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/jedib0t/go-pretty/v6/text"
+	"github.com/spf13/cobra"
+
+	"github.com/hone-llm/hone/internal/models"
+)
+
+func newModelsCommand(s streams) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "models",
+		Short: "List, add and remove base models",
+		Args:  wrongUsage(cobra.NoArgs),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newModelsListCommand(s), newModelsAddCommand(s), newModelsRemoveCommand(s))
+	return cmd
+}
+
+func newModelsListCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   "List the base models",
+		Args:    wrongUsage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, store, err := openModels(cmd, s)
+			if err != nil {
+				return err
+			}
+			list, err := store.List()
+			if err != nil {
+				return err
+			}
+			if len(list) == 0 {
+				_, err := fmt.Fprintln(s.out, "there are no models yet: get one with `hone pull` or `hone models add FILE.gguf`")
+				return err
+			}
+			_, err = fmt.Fprintln(s.out, modelTable(list))
+			return err
+		},
+	}
+}
+
+func modelTable(list []models.Model) string {
+	t := table.NewWriter()
+	style := table.StyleDefault
+	style.Options = table.OptionsNoBordersAndSeparators
+	style.Format.Header = text.FormatUpper
+	t.SetStyle(style)
+	right := table.ColumnConfig{Align: text.AlignRight, AlignHeader: text.AlignRight}
+	var columns []table.ColumnConfig
+	for _, n := range []int{3, 5, 6} {
+		right.Number = n
+		columns = append(columns, right)
+	}
+	t.SetColumnConfigs(columns)
+	t.AppendHeader(table.Row{"name", "architecture", "parameters", "type", "context", "size", "added", "sha256"})
+	for _, m := range list {
+		t.AppendRow(table.Row{m.Name, m.Architecture, humanize.SIWithDigits(float64(m.Parameters), 1, ""), m.Quantisation,
+			m.ContextTokens, humanize.Bytes(uint64(m.Bytes)), time.Unix(m.CreatedAt, 0).Format(time.DateOnly), m.Digest[:min(12, len(m.Digest))]})
+	}
+	return t.Render()
+}
+
+func newModelsAddCommand(s streams) *cobra.Command {
+	var opts models.AddOptions
+	cmd := &cobra.Command{
+		Use:   "add FILE.gguf",
+		Short: "Make a GGUF file a base model",
+		Long: "Validates a GGUF file and copies it into the model store (without using disk space where the file system can\n" +
+			"clone). A running server serves it at once.\n\n" +
+			"The vocabulary and the chat template in the file are used, unless others are named here.",
+		Example: "  hone models add qwen2.5-0.5b-instruct-q8_0.gguf --name qwen2.5-0.5b",
+		Args:    wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			_, store, err := openModels(cmd, s)
+			if err != nil {
+				return err
+			}
+			t := newTransfer(s.err, "adding")
+			opts.Progress = t.progress
+			m, err := store.Add(cmd.Context(), args[0], opts)
+			t.end()
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(s.out, "added %s: %s, %s parameters, %s\n", m.Name, m.Architecture,
+				humanize.SIWithDigits(float64(m.Parameters), 1, ""), m.Quantisation)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&opts.Name, "name", "", "what to call the model (default: the file's name without .gguf)")
+	cmd.Flags().StringVar(&opts.Tokenizer, "tokenizer", "", "tokenizer.json of the model's Hugging Face repository")
+	cmd.Flags().StringVar(&opts.ChatTemplate, "chat-template", "", "Jinja file to use for chat in place of the template in the GGUF file")
+	return cmd
+}
+
+func newModelsRemoveCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:     "rm MODEL",
+		Aliases: []string{"remove"},
+		Short:   "Remove a base model",
+		Long: "Removes a base model from the model store. Models that were tuned from it stay, but cannot answer until the same\n" +
+			"base model is added again under its name.",
+		Args: wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			_, store, err := openModels(cmd, s)
+			if err != nil {
+				return err
+			}
+			if err := store.Remove(args[0]); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(s.out, "removed", args[0])
+			return err
+		},
+	}
+}
+
+// plainLogger is the log of commands that people call: warnings, without times.
+func plainLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
+		Level: slog.LevelWarn,
+		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		},
+	}))
+}
