@@ -201,8 +201,8 @@ func (c *Config) Validate() error {
 		bad("host", c.Host, "a loopback address: other machines could reach this one, and hone checks no API keys. "+
 			"Keep 127.0.0.1, reach it through ssh -L, or set allow_remote: true if the network is trusted")
 	}
-	if c.DefaultModel == "" || strings.ContainsAny(c.DefaultModel, ":/\\ ") {
-		bad("default_model", fmt.Sprintf("%q", c.DefaultModel), "a base model's name, without : and /")
+	if strings.ContainsAny(c.DefaultModel, ":\\ \t\n") {
+		bad("default_model", fmt.Sprintf("%q", c.DefaultModel), "a model's name or owner/repository/file.gguf")
 	}
 	for _, number := range []struct {
 		key        string

@@ -1,0 +1,254 @@
+// Package app wires the server: configuration, state, children and API, started and stopped in order.
+//
+//	a := app.New(cfg, app.Options{Logger: logger})
+//	err := a.Start(ctx) // listens when it returns nil
+//	fmt.Println("http://" + a.Addr())
+//	err = a.Stop(ctx)   // drains, saves the running job's state, leaves no process
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/configs"
+	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/models"
+	"github.com/hone-llm/hone/internal/store"
+	"github.com/hone-llm/hone/server"
+)
+
+// Options are what the configuration does not say. The zero value runs this binary's own roles and logs nothing.
+type Options struct {
+	Logger *slog.Logger // nil drops the log
+	Stderr io.Writer    // gets the runners' standard error; nil drops it
+	// Exe and Env are for tests: the program that has the runner and trainer roles, and what is added to its environment.
+	Exe string
+	Env []string
+
+	Note     func(line string)       // is told what happens while the default model is fetched, for people
+	Progress func(done, total int64) // of fetching the default model, bytes
+}
+
+// Limits of the HTTP server. Answers may take as long as they do.
+const (
+	readHeaderTimeout = 30 * time.Second
+	idleTimeout       = 2 * time.Minute
+	maxHeaderBytes    = 64 << 10
+)
+
+// App is the server. It is used once: New, Start, Stop.
+type App struct {
+	cfg  configs.Config
+	opts Options
+
+	state    *store.Store
+	registry *adapters.Registry
+	runners  *child.Runners
+	jobs     *finetune.Jobs
+	listener net.Listener
+	http     *http.Server
+	requests context.CancelCauseFunc // ends the contexts of all requests
+	failed   chan error
+
+	stopOnce sync.Once
+	stopErr  error
+}
+
+// New returns a server that has started nothing yet.
+func New(cfg configs.Config, opts Options) *App {
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &App{cfg: cfg, opts: opts, failed: make(chan error, 1)}
+}
+
+// Start takes the data directory, fetches the default model if it is not there, lets interrupted jobs go on, and
+// listens. If it returns an error, nothing of it is left; ctx is for the start only.
+func (a *App) Start(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ShutdownGrace)
+			defer cancel()
+			err = errors.Join(err, a.Stop(stop))
+		}
+	}()
+	if a.state, err = store.Open(ctx, a.cfg.DataDir, store.Options{Logger: a.opts.Logger}); err != nil {
+		return err
+	}
+	// Before the model is fetched, which may take minutes: requests wait in the queue of the socket until all is ready.
+	if a.listener, err = a.listen(ctx); err != nil {
+		return err
+	}
+	modelStore, err := models.Open(filepath.Join(a.cfg.DataDir, "models"), models.Options{Logger: a.opts.Logger})
+	if err != nil {
+		return err
+	}
+	if err := a.fetchDefault(ctx, modelStore); err != nil {
+		return err
+	}
+	bases := baseModels{modelStore}
+	if a.registry, err = adapters.Open(ctx, filepath.Join(a.cfg.DataDir, "adapters"), a.state, adapters.Options{Logger: a.opts.Logger}); err != nil {
+		return err
+	}
+	a.runners = child.NewRunners(child.RunnersOptions{
+		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, Logger: a.opts.Logger, ReadyTimeout: a.cfg.LoadTimeout,
+		ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads,
+	})
+	a.jobs = finetune.New(finetune.Options{
+		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),
+		Logger: a.opts.Logger, Threads: a.cfg.Threads,
+	})
+	if err := a.jobs.Start(ctx); err != nil {
+		return err
+	}
+	a.serve(server.New(server.Options{
+		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Logger: a.opts.Logger,
+		AllowedHosts: append([]string{a.cfg.Host}, a.cfg.AllowedHosts...),
+		AnyHost:      a.cfg.AllowRemote && len(a.cfg.AllowedHosts) == 0,
+	}))
+	a.opts.Logger.Info("listening", "addr", a.Addr(), "data_dir", a.cfg.DataDir)
+	return nil
+}
+
+func (a *App) listen(ctx context.Context) (net.Listener, error) {
+	addr := net.JoinHostPort(a.cfg.Host, strconv.Itoa(a.cfg.Port))
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("port %d is in use; choose another with --port or port: in %s (0 takes a free one)", a.cfg.Port, configs.FileName)
+	case errors.Is(err, syscall.EACCES):
+		return nil, fmt.Errorf("port %d needs privileges; choose one above 1023 with --port or port: in %s", a.cfg.Port, configs.FileName)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("host %s is no address of this machine; choose another with --host or host: in %s", a.cfg.Host, configs.FileName)
+	case err != nil:
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	return listener, nil
+}
+
+// fetchDefault makes sure that the default model is there. Without it, other models are served all the same.
+func (a *App) fetchDefault(ctx context.Context, modelStore *models.Store) error {
+	name := a.cfg.DefaultModel
+	if name == "" {
+		return nil
+	}
+	if _, err := modelStore.Get(name); !errors.Is(err, models.ErrNotFound) {
+		return nil // there, or damaged: then a request for it says how
+	}
+	err := a.pull(ctx, modelStore, name)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if list, listErr := modelStore.List(); listErr == nil && len(list) > 0 {
+		a.opts.Logger.Warn("the default model could not be fetched; the others are served", "model", name, "error", err)
+		return nil
+	}
+	return fmt.Errorf("fetch the default model %s: %w", name, err)
+}
+
+func (a *App) pull(ctx context.Context, modelStore *models.Store, name string) error {
+	source, err := models.ParseSource(name)
+	if err != nil {
+		return fmt.Errorf("default_model: %w", err)
+	}
+	environment := models.Environment(os.Getenv)
+	environment.Note = a.opts.Note
+	cache, err := models.NewCache(environment)
+	if err != nil {
+		return err
+	}
+	_, err = modelStore.Pull(ctx, cache, source, "", a.opts.Progress)
+	return err
+}
+
+func (a *App) serve(s *server.Server) {
+	requests, cancel := context.WithCancelCause(context.Background())
+	a.requests = cancel
+	a.http = &http.Server{
+		Handler:           s.Handler(),
+		BaseContext:       func(net.Listener) context.Context { return requests },
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(a.opts.Logger.Handler(), slog.LevelDebug),
+	}
+	go func() {
+		if err := a.http.Serve(a.listener); !errors.Is(err, http.ErrServerClosed) {
+			a.failed <- fmt.Errorf("serve %s: %w", a.Addr(), err)
+		}
+	}()
+}
+
+// Addr is the address that Start listens on, host:port.
+func (a *App) Addr() string { return a.listener.Addr().String() }
+
+// Failed carries the error with which the server ended by itself, if it ever does.
+func (a *App) Failed() <-chan error { return a.failed }
+
+// Stop lets answers in progress finish for the configured grace and saves the running job's state meanwhile, then ends
+// all children and closes the data directory. When ctx ends, everything is ended at once. It returns when no process is
+// left, and may be called twice, and before Start.
+func (a *App) Stop(ctx context.Context) error {
+	a.stopOnce.Do(func() { a.stopErr = a.stop(ctx) })
+	return a.stopErr
+}
+
+func (a *App) stop(ctx context.Context) error {
+	var errs []error
+	jobs := make(chan error, 1)
+	go func() {
+		if a.jobs == nil {
+			jobs <- nil
+			return
+		}
+		jobs <- a.jobs.Stop(ctx)
+	}()
+	if a.http != nil {
+		a.drain(ctx)
+	} else if a.listener != nil {
+		errs = append(errs, a.listener.Close())
+	}
+	errs = append(errs, <-jobs)
+	if a.runners != nil {
+		soft, cancel := context.WithTimeout(ctx, 2*time.Second) // there is nothing left for them to do
+		a.runners.Stop(soft)
+		cancel()
+	}
+	if a.registry != nil {
+		errs = append(errs, a.registry.Close())
+	}
+	if a.state != nil {
+		errs = append(errs, a.state.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// drain waits for the requests in progress, and ends those that take too long: their streams get an error.
+func (a *App) drain(ctx context.Context) {
+	grace, cancel := context.WithTimeout(ctx, a.cfg.ShutdownGrace)
+	defer cancel()
+	if a.http.Shutdown(grace) == nil {
+		a.requests(child.ErrStopping)
+		return
+	}
+	a.opts.Logger.Warn("requests in progress are ended", "after", a.cfg.ShutdownGrace)
+	a.requests(child.ErrStopping)
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second) // to write the error
+	defer cancel()
+	if err := a.http.Shutdown(last); err != nil {
+		_ = a.http.Close() // what is left are clients that do not read
+	}
+}

@@ -1,0 +1,85 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/models"
+	"github.com/hone-llm/hone/server"
+)
+
+// baseModels shows the model store as the API and the jobs want to see it.
+type baseModels struct{ store *models.Store }
+
+func (b baseModels) List(context.Context) ([]server.BaseModel, error) {
+	list, err := b.store.List()
+	if err != nil {
+		return nil, err
+	}
+	bases := make([]server.BaseModel, len(list))
+	for i, m := range list {
+		bases[i] = baseModel(m)
+	}
+	return bases, nil
+}
+
+func (b baseModels) Get(_ context.Context, name string) (server.BaseModel, error) {
+	m, err := b.store.Get(name)
+	if errors.Is(err, models.ErrNotFound) {
+		return server.BaseModel{}, fmt.Errorf("%w: %q", finetune.ErrUnknownModel, name)
+	}
+	if err != nil {
+		return server.BaseModel{}, err
+	}
+	return baseModel(m), nil
+}
+
+// Base is what finetune asks.
+func (b baseModels) Base(ctx context.Context, name string) (dir, digest string, err error) {
+	m, err := b.Get(ctx, name)
+	return m.Dir, m.Digest, err
+}
+
+func baseModel(m models.Model) server.BaseModel {
+	return server.BaseModel{
+		Base:         child.Base{Name: m.Name, Dir: m.Dir, Digest: m.Digest},
+		Architecture: m.Architecture, ContextTokens: m.ContextTokens, CreatedAt: m.CreatedAt,
+	}
+}
+
+// trainerLog is kept in the directory of each attempt, also after the job.
+const trainerLog = "trainer.log"
+
+// startTrainer starts an attempt's trainer, whose standard error goes to a file of the attempt.
+func (a *App) startTrainer(_ context.Context, config child.TrainerConfig) (finetune.Trainer, error) {
+	if err := os.MkdirAll(config.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("directory of the attempt: %w", err)
+	}
+	log, err := os.OpenFile(filepath.Join(config.Dir, trainerLog), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("log of the attempt: %w", err)
+	}
+	trainer, err := child.StartTrainer(child.TrainerOptions{Exe: a.opts.Exe, Env: a.opts.Env, Config: config, Stderr: log, Logger: a.opts.Logger})
+	if err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
+	return &loggedTrainer{Trainer: trainer, log: log}, nil
+}
+
+// loggedTrainer closes the log when the trainer has ended.
+type loggedTrainer struct {
+	*child.Trainer
+
+	log *os.File
+}
+
+func (t *loggedTrainer) Wait() error {
+	err := t.Trainer.Wait()
+	_ = t.log.Close() // nothing depends on the log
+	return err
+}
