@@ -27,6 +27,7 @@ type home struct {
 }
 
 func openHome(t *testing.T) *home {
+	t.Helper()
 	h := &home{t: t, dir: t.TempDir()}
 	h.open()
 	t.Cleanup(h.close)

@@ -96,11 +96,7 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 	case errors.Is(err, ErrStopping):
 		j.pause(last, row)
 	case errors.Is(err, ErrCancelled), errors.Is(err, store.ErrStale), errors.Is(err, errLeaseLost):
-		if now, err := j.opts.Store.Job(last, row.ID); err != nil {
-			logger.Error("look at a lost job", "error", err)
-		} else if Status(now.Status).Final() {
-			j.clear(row.ID)
-		}
+		j.lost(last, row.ID)
 	default:
 		j.retry(ctx, row, err)
 	}
@@ -120,33 +116,47 @@ func (j *Jobs) pause(ctx context.Context, row store.Job) {
 }
 
 // retry counts an attempt that ended by accident, and waits before the next. The job fails if attempts get no further.
-func (j *Jobs) retry(ctx context.Context, row store.Job, cause error) {
+// The row is that of the claim.
+func (j *Jobs) retry(ctx context.Context, claimed store.Job, cause error) {
 	last := context.WithoutCancel(ctx)
 	failures := 0
-	_, err := j.opts.Store.UpdateJob(last, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Change: func(row *store.Job) error {
+	_, err := j.opts.Store.UpdateJob(last, store.JobUpdate{ID: claimed.ID, Attempt: claimed.Attempt, Change: func(row *store.Job) error {
 		row.Failures++
+		if row.SavedStep > claimed.SavedStep {
+			row.Failures = 0
+		}
 		failures = row.Failures
 		return nil
-	}, Events: []store.Event{message("warn", "Attempt %d ended early: %v", row.Attempt, cause)}})
+	}, Events: []store.Event{message("warn", "Attempt %d ended early: %v", claimed.Attempt, cause)}})
 	if errors.Is(err, store.ErrStale) {
-		j.clear(row.ID)
+		j.lost(last, claimed.ID)
 		return
 	}
 	if err == nil && failures >= j.opts.MaxFailures {
-		err = j.fail(last, row.ID, row.Attempt, &JobError{
+		err = j.fail(last, claimed.ID, claimed.Attempt, &JobError{
 			Code: child.CodeInternal, Message: fmt.Sprintf("%d attempts in a row got no further; the last ended so: %v", failures, cause),
 		})
 		if err == nil {
-			j.clear(row.ID)
+			j.clear(claimed.ID)
 			return
 		}
 	}
 	if err != nil {
-		j.writeFailed(ctx, row, err)
+		j.writeFailed(ctx, claimed, err)
 		return
 	}
-	j.opts.Logger.Warn("attempt will be repeated", "job_id", row.ID, "attempt", row.Attempt, "failures", failures, "error", cause)
-	sleep(ctx, j.opts.RetryDelay<<(failures-1))
+	j.opts.Logger.Warn("attempt will be repeated", "job_id", claimed.ID, "attempt", claimed.Attempt, "failures", failures, "error", cause)
+	sleep(ctx, j.opts.RetryDelay<<max(0, failures-1))
+}
+
+// lost is for a job that is no longer this attempt's: it was cancelled, or another process has it and needs its resume states.
+func (j *Jobs) lost(ctx context.Context, id string) {
+	row, err := j.opts.Store.Job(ctx, id)
+	if err != nil {
+		j.opts.Logger.Error("look at a lost job", "job_id", id, "error", err)
+	} else if Status(row.Status).Final() {
+		j.clear(id)
+	}
 }
 
 // writeFailed is for state that did not reach the disk. The row still says that the job is running, so it will be claimed and

@@ -51,7 +51,7 @@ func validateDataset(ctx context.Context, r io.Reader) (rows int, err error) {
 			return rows, context.Cause(ctx)
 		}
 		line, tooLong, err := readLine(lines)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -240,7 +240,7 @@ func (p *process) send(v any) error {
 
 func (p *process) Events() <-chan child.TrainerEvent { return p.events }
 func (p *process) Stop() error                       { return p.send(child.TrainerCommand{Op: "stop"}) }
-func (p *process) Kill()                             { p.command.Process.Kill() }
+func (p *process) Kill()                             { _ = p.command.Process.Kill() }
 func (p *process) Wait() error                       { return p.command.Wait() }
 
 // models knows one base model.

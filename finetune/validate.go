@@ -41,6 +41,7 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 	if ctx.Err() != nil {
 		return nil // cancelled, or stopping: validated again after the next start
 	}
+	ctx = context.WithoutCancel(ctx) // from here on the result is written, unless the row says cancelled
 	if problem != nil {
 		return j.fail(ctx, row.ID, store.AnyAttempt, problem)
 	}
@@ -74,7 +75,7 @@ func (j *Jobs) readFile(ctx context.Context, kind, id string) *JobError {
 	if err != nil {
 		return problem("%s file %s cannot be read: %v", kind, id, err)
 	}
-	defer content.Close() //nolint:errcheck // only read
+	defer content.Close()
 	_, err = validateDataset(ctx, content)
 	var lines *datasetError
 	switch {

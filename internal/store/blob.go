@@ -142,7 +142,7 @@ func (s *Store) sweep(ctx context.Context) error {
 		if err != nil || entry.IsDir() || known[entry.Name()] {
 			return err
 		}
-		if want, err := blobPath(entry.Name()); err != nil || want != name {
+		if want, _ := blobPath(entry.Name()); want != name {
 			return nil // not ours
 		}
 		s.logger.Info("removed a blob without a file", "sha256", entry.Name())

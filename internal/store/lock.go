@@ -34,7 +34,7 @@ func takeLock(dir string) (*os.File, error) {
 		return nil, unusable(dir, err)
 	}
 	if err := flock(file); err != nil {
-		defer file.Close() //nolint:errcheck // only read
+		defer file.Close()
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, fmt.Errorf("lock %s: %w", file.Name(), err)
 		}

@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		os.Stdout.WriteString("open\n")
-		io.Copy(io.Discard, os.Stdin)
+		_, _ = io.Copy(io.Discard, os.Stdin)
 		st.Close()
 		os.Exit(0)
 	}
@@ -262,7 +262,7 @@ func TestDirectoryInUse(t *testing.T) {
 	if err := holder.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	holder.Wait()
+	_ = holder.Wait() // it was killed
 	open(t, dir, store.Options{})
 }
 
@@ -282,7 +282,7 @@ func TestDatabaseOfANewerVersion(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	st := open(t, dir, store.Options{})
-	if err := st.Exec(`INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, 1)`); err != nil {
+	if err := st.Exec(t.Context(), `INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, 1)`); err != nil {
 		t.Fatal(err)
 	}
 	st.Close()
