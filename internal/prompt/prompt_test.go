@@ -463,7 +463,7 @@ func TestHostileTemplates(t *testing.T) {
 	for name, source := range map[string]string{
 		"string doubling": `{% set ns = namespace(s=messages[0].content) %}{% for i in range(28) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}`,
 		"long loop":       `{% for i in range(10**9) %}{% endfor %}`,
-		"nested loops":    `{% for i in range(10**5) %}{% for j in range(10**5) %}{% for k in range(10**5) %}{% endfor %}{% endfor %}{% endfor %}`,
+		"nested loops":    `{% for i in range(60000) %}{% for j in range(60000) %}{% for k in range(60000) %}{% endfor %}{% endfor %}{% endfor %}`,
 		"recursion":       `{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}`,
 		"include":         `{% include "/etc/hostname" %}`,
 		"attributes":      `{{ ''.__class__.__mro__[1].__subclasses__() }}`,
@@ -479,7 +479,7 @@ func TestHostileTemplates(t *testing.T) {
 			if err == nil {
 				t.Error("no error")
 			}
-			if took := time.Since(start); took > 3*time.Second {
+			if took := time.Since(start); took > 10*time.Second {
 				t.Errorf("took %v", took)
 			}
 		})

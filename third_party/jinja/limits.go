@@ -18,7 +18,7 @@ type Limits struct {
 }
 
 // DefaultLimits leave room for long conversations: 1 MiB of text, thousands of messages.
-var DefaultLimits = Limits{Steps: 5_000_000, Bytes: 1 << 20, Memory: 256 << 20, Items: 1 << 18, Depth: 500}
+var DefaultLimits = Limits{Steps: 5_000_000, Bytes: 1 << 20, Memory: 256 << 20, Items: 1 << 16, Depth: 500}
 
 // LimitError says which of the Limits a render exceeded.
 type LimitError struct{ What string }
@@ -109,7 +109,7 @@ func (b *budget) built(v Value) error {
 // panics with a *LimitError, which Template.RenderLimited returns.
 const (
 	maxBuiltBytes = 4 << 20
-	maxBuiltItems = 1 << 18
+	maxBuiltItems = 1 << 16
 	maxPrintDepth = 200
 	maxCompared   = 1 << 20
 )

