@@ -366,6 +366,7 @@ func (g *Graph) Nodes() int { return int(C.ggml_graph_n_nodes(g.c)) }
 type Backend struct {
 	c     *C.struct_ggml_backend
 	watch *C.struct_hone_watch // in C memory: the computing threads read it
+	nodes atomic.Int32         // of the running graph
 }
 
 // NewCPU makes a CPU backend that computes with the given number of threads. Close frees it.
@@ -377,7 +378,7 @@ func NewCPU(threads int) (*Backend, error) {
 	C.ggml_backend_cpu_set_n_threads(c, C.int(threads))
 	watch := (*C.struct_hone_watch)(C.calloc(1, C.sizeof_struct_hone_watch))
 	C.ggml_backend_cpu_set_abort_callback(c, C.ggml_abort_callback(C.hone_watch_callback), unsafe.Pointer(watch))
-	return &Backend{c, watch}, nil
+	return &Backend{c: c, watch: watch}, nil
 }
 
 // Close frees the backend; it may be called twice. No computation may be running.
@@ -393,9 +394,10 @@ func (b *Backend) Close() {
 // It may be called from any goroutine until Close.
 func (b *Backend) Abort() { atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.stop)), 1) }
 
-// NodesDone is the number of nodes of the running (or last) graph that are computed; any goroutine may ask.
-func (b *Backend) NodesDone() int {
-	return int(atomic.LoadInt32((*int32)(unsafe.Pointer(&b.watch.nodes))))
+// Progress is the part of the running (or last) graph's nodes that is computed, in [0, 1]; any goroutine may ask.
+func (b *Backend) Progress() float64 {
+	done := atomic.LoadInt32((*int32)(unsafe.Pointer(&b.watch.nodes)))
+	return min(1, float64(done)/float64(max(1, b.nodes.Load())))
 }
 
 // Allocator plans and holds the memory of a graph's intermediate tensors; it grows when a graph needs more.
@@ -428,6 +430,7 @@ func (b *Backend) Compute(g *Graph, a *Allocator) error {
 			return fmt.Errorf("node %d of the graph: operation %d is not supported by this backend", i, int(node.op))
 		}
 	}
+	b.nodes.Store(int32(g.Nodes()))
 	atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.nodes)), 0)
 	switch status := C.ggml_backend_graph_compute(b.c, g.c); status {
 	case 0:

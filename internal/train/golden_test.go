@@ -133,9 +133,9 @@ type goldenRun struct {
 	lora  *graph.LoRA
 }
 
-func loadGolden(t *testing.T, g *golden, path string, weights ggml.Type) *goldenRun {
+func loadGolden(t *testing.T, g *golden, path string, layout graph.Layout, threads int) *goldenRun {
 	t.Helper()
-	backend, err := ggml.NewCPU(2)
+	backend, err := ggml.NewCPU(threads)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +145,7 @@ func loadGolden(t *testing.T, g *golden, path string, weights ggml.Type) *golden
 		t.Fatal(err)
 	}
 	defer file.Close()
-	model, err := graph.LoadAs(file, backend, weights)
+	model, err := graph.Load(file, backend, layout)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -279,23 +279,21 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 // BF16 ones is rounding, and are held to much less.
 func TestGolden(t *testing.T) {
 	model := testModel(t)
+	float32s := graph.Layout{Forward: ggml.F32, Backward: ggml.F32}
 	tests := []struct {
-		golden, path   string
-		weights        ggml.Type
-		gradient, loss float64
+		name, golden, path string
+		layout             graph.Layout
+		threads            int
+		gradient, loss     float64
 	}{
-		{"tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", ggml.F32, 1e-4, 1e-4},
-		{"tiny-llama-q8_0", "testdata/tiny-llama-q8_0.gguf", ggml.F32, 1e-4, 1e-4},
-		{"tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", ggml.BF16, 0.03, 0.01},
-		{"smollm2", model, ggml.BF16, 0.03, 0.01},
+		{"float32", "tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", float32s, 1, 1e-4, 1e-4},
+		{"float32", "tiny-llama-q8_0", "testdata/tiny-llama-q8_0.gguf", float32s, 1, 1e-4, 1e-4},
+		{"exact", "tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", graph.ExactLayout(), 1, 0.03, 0.01},
+		{"exact", "smollm2", model, graph.ExactLayout(), 2, 0.03, 0.01},
 	}
 	for _, test := range tests {
-		name := "f32"
-		if test.weights == ggml.BF16 {
-			name = "bf16"
-		}
-		t.Run(test.golden+"/"+name, func(t *testing.T) {
-			run := loadGolden(t, readGolden(t, test.golden), test.path, test.weights)
+		t.Run(test.golden+"/"+test.name, func(t *testing.T) {
+			run := loadGolden(t, readGolden(t, test.golden), test.path, test.layout, test.threads)
 			names, errors := run.gradientErrors(t)
 			worst, where, sum := 0.0, "", 0.0
 			for i, e := range errors {

@@ -1,0 +1,203 @@
+package train
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/gguf"
+)
+
+// A resume state is a directory state-<step> of two files: state.safetensors with the adapter's weights and both
+// moments as flat arrays, and state.json, written last, with everything else. The data position and the random state
+// follow from the step, the plan and the seed.
+const (
+	stateFile     = "state.safetensors"
+	manifestFile  = "state.json"
+	statePrefix   = "state-"
+	keptStates    = 2
+	stateVersion  = 1
+	temporaryMark = ".tmp-"
+)
+
+// resumeState is state.json.
+type resumeState struct {
+	Version       int             `json:"version"`
+	JobID         string          `json:"job_id"`
+	BaseDigest    string          `json:"base_digest"`
+	Rows          int             `json:"rows"` // of the training file that are trained on
+	Step          int             `json:"step"` // optimizer steps done
+	TrainedTokens int64           `json:"trained_tokens"`
+	Threads       int             `json:"threads"` // sums depend on it
+	Small         bool            `json:"small"`   // graph.SmallLayout
+	Plan          child.TrainPlan `json:"plan"`
+	StateSHA256   string          `json:"state_sha256"`
+}
+
+// save writes a resume state into dir and removes all but the newest two there. Nothing is published before it is on
+// the disk whole.
+func (s resumeState) save(dir string, parameters []float32, m moments) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("resume state: %w", err)
+	}
+	name := fmt.Sprintf("%s%08d", statePrefix, s.Step)
+	temporary := filepath.Join(dir, temporaryMark+name)
+	if err := os.RemoveAll(temporary); err != nil {
+		return fmt.Errorf("resume state: %w", err)
+	}
+	if err := os.Mkdir(temporary, 0o700); err != nil {
+		return fmt.Errorf("resume state: %w", err)
+	}
+	defer os.RemoveAll(temporary) // of a failed attempt; after the rename there is nothing
+	flat := func(name string, values []float32) gguf.Float32Tensor {
+		return gguf.Float32Tensor{Name: name, Shape: []int64{int64(len(values))}, Data: values}
+	}
+	path := filepath.Join(temporary, stateFile)
+	tensors := []gguf.Float32Tensor{flat("first", m.first), flat("parameters", parameters), flat("second", m.second)}
+	if err := gguf.WriteSafetensorsFile(path, nil, tensors); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	var err error
+	if s.StateSHA256, err = fileDigest(path); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	s.Version = stateVersion
+	data, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	if err := writeSynced(filepath.Join(temporary, manifestFile), data); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	if err := syncDir(temporary); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	final := filepath.Join(dir, name)
+	if err := os.RemoveAll(final); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	if err := os.Rename(temporary, final); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
+	states, err := statesIn(dir)
+	if err != nil {
+		return err
+	}
+	for _, old := range states[min(keptStates, len(states)):] {
+		if err := os.RemoveAll(old); err != nil {
+			return fmt.Errorf("remove an old resume state: %w", err)
+		}
+	}
+	return nil
+}
+
+// findState returns the newest valid resume state in the directories of earlier attempts (the first directory that
+// has one), or nil. skipped says why newer ones were passed over.
+func findState(dirs []string, jobID, baseDigest string) (state *resumeState, arrays map[string][]float32, skipped []error) {
+	for _, dir := range dirs {
+		states, err := statesIn(dir)
+		if err != nil {
+			skipped = append(skipped, err)
+			continue
+		}
+		for _, path := range states {
+			s, arrays, err := readState(path)
+			if err == nil && (s.JobID != jobID || s.BaseDigest != baseDigest) {
+				err = errors.New("it belongs to another job or base model")
+			}
+			if err != nil {
+				skipped = append(skipped, fmt.Errorf("resume state %s: %w", filepath.Base(path), err))
+				continue
+			}
+			return s, arrays, skipped
+		}
+	}
+	return nil, nil, skipped
+}
+
+// statesIn lists the resume states of a directory, newest first. A missing directory has none.
+func statesIn(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list resume states: %w", err)
+	}
+	var paths []string
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), statePrefix) {
+			paths = append(paths, filepath.Join(dir, e.Name()))
+		}
+	}
+	slices.Sort(paths)
+	slices.Reverse(paths)
+	return paths, nil
+}
+
+func readState(path string) (*resumeState, map[string][]float32, error) {
+	data, err := os.ReadFile(filepath.Join(path, manifestFile))
+	if err != nil {
+		return nil, nil, err
+	}
+	s := new(resumeState)
+	if err := json.Unmarshal(data, s); err != nil {
+		return nil, nil, err
+	}
+	if s.Version != stateVersion {
+		return nil, nil, fmt.Errorf("version %d is not %d", s.Version, stateVersion)
+	}
+	digest, err := fileDigest(filepath.Join(path, stateFile))
+	if err != nil {
+		return nil, nil, err
+	}
+	if digest != s.StateSHA256 {
+		return nil, nil, fmt.Errorf("%s is damaged: its sha256 is not the recorded one", stateFile)
+	}
+	tensors, _, err := gguf.ReadSafetensors(filepath.Join(path, stateFile))
+	if err != nil {
+		return nil, nil, err
+	}
+	arrays := make(map[string][]float32)
+	for _, t := range tensors {
+		arrays[t.Name] = t.Data
+	}
+	return s, arrays, nil
+}
+
+func fileDigest(path string) (string, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+func writeSynced(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

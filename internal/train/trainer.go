@@ -1,0 +1,656 @@
+// Package train runs one attempt at a fine-tuning job: it reads the data, loads the base model, and steps an adapter
+// with AdamW until the plan is done, saving resume states on the way.
+//
+//	err := train.Run(ctx, config, commands, events) // the trainer process is little more than this
+//
+// A job that is resumed from a state continues bit for bit: the order of the rows and the dropout masks follow from
+// seed, epoch and row, and every sum runs in a fixed order for a given number of threads.
+package train
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/dataset"
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/prompt"
+)
+
+const (
+	// microTokens is the size of a micro-batch: larger ones are hardly faster and take more memory.
+	microTokens = 1024
+	// maxSkipped is how many steps in a row may have a loss or gradient that is not a number.
+	maxSkipped       = 5
+	progressInterval = time.Second
+	defaultSave      = 5 * time.Minute
+)
+
+// errStopped ends an attempt on request; its resume state is saved.
+var errStopped = errors.New("stopped")
+
+// errOrphaned ends an attempt whose parent is gone.
+var errOrphaned = errors.New("the server that started this trainer is gone")
+
+// Run trains the job until it is done, stopped or failed, and writes its events, one JSON object a line. A command
+// "stop", or the end of ctx, saves a resume state and returns nil without the event done; the end of commands (the parent died) returns an
+// error. A job that cannot succeed by being tried again ends with the event failed and nil; other errors are returned.
+func Run(ctx context.Context, config child.TrainerConfig, commands io.Reader, events io.Writer) error {
+	t := &trainer{config: config, started: time.Now(), threads: config.Threads}
+	if t.threads == 0 {
+		t.threads = runtime.NumCPU()
+	}
+	t.reporter.encoder = json.NewEncoder(events)
+	parent := ctx
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(parent))
+	defer cancel(nil)
+	defer context.AfterFunc(parent, func() { cancel(errStopped) })()
+	go func() { cancel(follow(commands)) }()
+
+	var background sync.WaitGroup
+	done := make(chan struct{})
+	background.Go(func() { t.reportProgress(done) })
+	err := t.run(ctx)
+	close(done)
+	background.Wait()
+	t.close()
+
+	var failure *child.Error
+	switch {
+	case errors.Is(err, errStopped):
+		return nil
+	case errors.As(err, &failure):
+		return t.emit(child.TrainerEvent{Type: child.EventFailed, Error: failure})
+	}
+	return err
+}
+
+// follow reads commands until one of them, or their end, stops the attempt.
+func follow(commands io.Reader) error {
+	lines := bufio.NewScanner(commands)
+	for lines.Scan() {
+		var c child.TrainerCommand
+		if err := json.Unmarshal(lines.Bytes(), &c); err == nil && c.Op == "stop" {
+			return errStopped
+		}
+	}
+	return errOrphaned
+}
+
+type reporter struct {
+	mu      sync.Mutex
+	encoder *json.Encoder
+}
+
+func (r *reporter) emit(e child.TrainerEvent) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.encoder.Encode(e); err != nil {
+		return fmt.Errorf("report %s: %w", e.Type, err)
+	}
+	return nil
+}
+
+// trainer is one attempt.
+type trainer struct {
+	reporter
+	config  child.TrainerConfig
+	threads int
+	started time.Time
+
+	backend      *ggml.Backend
+	model        *graph.Model
+	lora         *graph.LoRA
+	small        bool
+	data, valid  *dataset.Dataset
+	template     string // digest
+	architecture string
+	plan         child.TrainPlan
+	moments      moments
+	step         int
+	trained      int64 // tokens
+	saved        int   // step of the newest resume state
+	savedAt      time.Time
+	skipped      int // steps in a row without an update
+
+	progress progress
+}
+
+// progress is what the reporting goroutine reads while the training goroutine computes.
+type progress struct {
+	mu           sync.Mutex
+	backend      *ggml.Backend
+	plan         child.TrainPlan
+	step         int
+	stepTokens   int           // of the current step
+	doneTokens   int           // of it, in finished micro-batches
+	microTokens  int           // of the running micro-batch
+	trained      int64         // tokens since this attempt began
+	training     time.Duration // that they took
+	stepBegan    time.Time     // zero outside of steps
+	tokensLeft   int64         // after the current step
+	validLeft    int64         // tokens still to be evaluated
+	validSeconds float64       // seconds per token of evaluation, once known
+}
+
+func (t *trainer) close() {
+	t.lora.Close()
+	t.model.Close()
+	t.backend.Close()
+}
+
+func (t *trainer) run(ctx context.Context) error {
+	if err := t.prepare(ctx); err != nil {
+		return err
+	}
+	// Abort interrupts the computation from another goroutine; wait for it, so that it cannot meet a closed backend.
+	aborted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { t.backend.Abort(); close(aborted) })
+	defer func() {
+		if !stop() {
+			<-aborted
+		}
+	}()
+	err := t.train(ctx)
+	if errors.Is(err, ggml.ErrAborted) {
+		err = context.Cause(ctx)
+	}
+	if errors.Is(err, errStopped) && t.step > t.saved {
+		if err := t.save(); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// prepare reads data and model, decides the plan or takes it from a resume state, and reports both.
+func (t *trainer) prepare(ctx context.Context) error {
+	path := filepath.Join(t.config.ModelDir, "base.gguf")
+	file, err := gguf.Open(path)
+	if err != nil {
+		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+	}
+	defer file.Close()
+	if err := gguf.CheckModel(file); err != nil {
+		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+	}
+	shape, err := graph.ReadShape(file)
+	if err != nil {
+		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+	}
+	t.architecture, _ = file.Metadata.String("general.architecture")
+	maxLength, err := MaxLength(t.config.Options, shape)
+	if err != nil {
+		return optionFailure(err)
+	}
+	if err := t.readData(ctx, path, maxLength); err != nil {
+		return err
+	}
+	if err := t.emit(t.datasetEvent()); err != nil {
+		return err
+	}
+
+	state, arrays, skipped := findState(t.config.ResumeFrom, t.config.JobID, t.config.BaseDigest)
+	for _, err := range skipped {
+		if err := t.warn("Skipped a resume state: %v", err); err != nil {
+			return err
+		}
+	}
+	if state != nil && state.Rows != len(t.data.Rows) {
+		return fmt.Errorf("the resume state is of %d training rows, the file has %d", state.Rows, len(t.data.Rows))
+	}
+	weights := shape.Parameters() + shape.Vocabulary*shape.Embedding
+	if state == nil {
+		t.plan, err = NewPlan(t.config.Options, len(t.data.Rows), weights, maxLength, t.config.Seed)
+		if err != nil {
+			return optionFailure(err)
+		}
+	} else {
+		t.plan, t.step, t.trained, t.threads = state.Plan, state.Step, state.TrainedTokens, state.Threads
+		t.plan.ResumedStep, t.saved = state.Step, state.Step
+	}
+	layout, err := t.chooseLayout(shape, state)
+	if err != nil {
+		return err
+	}
+	if t.backend, err = ggml.NewCPU(t.threads); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if t.model, err = graph.Load(file, t.backend, layout); err != nil {
+		var unsupported *graph.UnsupportedError
+		if errors.As(err, &unsupported) {
+			return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+		}
+		return err
+	}
+	modules, err := modulesOf(t.plan.TargetModules)
+	if err != nil {
+		return optionFailure(&OptionError{"target_modules", err.Error()})
+	}
+	t.lora, err = t.model.NewLoRA(graph.LoRAOptions{
+		Rank: t.plan.R, Alpha: t.plan.LoraAlpha, RankScale: t.plan.UseRSLoRA, Dropout: t.plan.LoraDropout, Modules: modules,
+	})
+	if err != nil {
+		return err
+	}
+	t.moments = newMoments(len(t.lora.Parameters))
+	if state == nil {
+		initialise(t.lora, t.plan.Seed)
+	} else {
+		for name, into := range map[string][]float32{"parameters": t.lora.Parameters, "first": t.moments.first, "second": t.moments.second} {
+			if copy(into, arrays[name]) != len(into) || len(arrays[name]) != len(into) {
+				return fmt.Errorf("resume state: %d values of %s, expected %d", len(arrays[name]), name, len(into))
+			}
+		}
+	}
+	t.savedAt = time.Now()
+	return t.emit(child.TrainerEvent{Type: child.EventPlan, Plan: &t.plan, Step: t.step, TotalSteps: t.plan.TotalSteps})
+}
+
+func (t *trainer) readData(ctx context.Context, model string, maxLength int) error {
+	vocabulary, err := llama.LoadModel(model, llama.ModelOptions{VocabularyOnly: true})
+	if err != nil {
+		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+	}
+	defer vocabulary.Close()
+	builder, err := prompt.Open(t.config.ModelDir, vocabulary.ChatTemplate(), vocabulary)
+	if err != nil {
+		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+	}
+	defer builder.Close()
+	t.template = builder.TemplateDigest()
+	if t.data, err = dataset.Read(ctx, t.config.TrainingFile, builder, maxLength); err != nil {
+		return t.dataFailure(ctx, err, "training_file")
+	}
+	if t.config.ValidationFile != "" {
+		if t.valid, err = dataset.Read(ctx, t.config.ValidationFile, builder, maxLength); err != nil {
+			return t.dataFailure(ctx, err, "validation_file")
+		}
+	}
+	return nil
+}
+
+func (t *trainer) dataFailure(ctx context.Context, err error, param string) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var line *dataset.LineError
+	if errors.As(err, &line) || errors.Is(err, dataset.ErrNoRows) {
+		// The path inside the data directory says nothing to the user: name the field instead.
+		message := strings.ReplaceAll(param, "_", " ") + ": " + err.Error()
+		if line != nil {
+			message = strings.ReplaceAll(param, "_", " ") + ", " + line.Error()
+		}
+		return &child.Error{Code: "invalid_" + param, Message: message, Param: param}
+	}
+	return err
+}
+
+func optionFailure(err error) error {
+	var option *OptionError
+	if errors.As(err, &option) {
+		return &child.Error{Code: child.CodeInvalidRequest, Message: err.Error(), Param: "hone." + option.Option}
+	}
+	return err
+}
+
+func (t *trainer) datasetEvent() child.TrainerEvent {
+	e := child.TrainerEvent{Type: child.EventDataset, TrainRows: len(t.data.Rows), TrainTokens: t.data.Tokens, DroppedRows: t.data.Dropped}
+	if t.valid != nil {
+		e.ValidRows, e.ValidTokens = len(t.valid.Rows), t.valid.Tokens
+		e.DroppedRows += t.valid.Dropped
+	}
+	return e
+}
+
+// chooseLayout takes the exact layout if it fits into the free memory, else the small one and says so, else it refuses
+// with the numbers. A resumed job keeps what it had.
+func (t *trainer) chooseLayout(shape graph.Shape, state *resumeState) (graph.Layout, error) {
+	if state != nil {
+		t.small = state.Small
+	} else {
+		free, err := freeMemory()
+		if err != nil {
+			return graph.Layout{}, err
+		}
+		rest := microTokens*shape.TokenBytes() + 256<<20
+		exact, small := shape.WeightBytes(graph.ExactLayout())+rest, shape.WeightBytes(graph.SmallLayout())+rest
+		if small > free {
+			return graph.Layout{}, &child.Error{
+				Code:    "insufficient_memory",
+				Message: fmt.Sprintf("training this model on the CPU takes %d MiB and %d MiB are free: free some memory or take a smaller base model", small>>20, free>>20),
+				Param:   "model",
+			}
+		}
+		if t.small = exact > free; t.small {
+			if err := t.warn("Training in bfloat16, with gradients 2%% less exact: the exact layout takes %d MiB and %d MiB are free", exact>>20, free>>20); err != nil {
+				return graph.Layout{}, err
+			}
+		}
+	}
+	if t.small {
+		return graph.SmallLayout(), nil
+	}
+	return graph.ExactLayout(), nil
+}
+
+// freeMemory is the kernel's estimate of what can be allocated without swapping, in bytes.
+func freeMemory() (int, error) {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, fmt.Errorf("free memory: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {
+			kib, err := strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(rest), " kB"))
+			if err != nil {
+				return 0, fmt.Errorf("free memory: %w", err)
+			}
+			return kib << 10, nil
+		}
+	}
+	return 0, errors.New("free memory: /proc/meminfo has no MemAvailable")
+}
+
+func (t *trainer) warn(format string, args ...any) error {
+	return t.emit(child.TrainerEvent{Type: child.EventLog, Level: "warn", Message: fmt.Sprintf(format, args...)})
+}
+
+// train steps until the plan is done, and exports the adapter.
+func (t *trainer) train(ctx context.Context) error {
+	perEpoch := stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize)
+	if t.step > 0 && (t.step%perEpoch == 0 || t.step == t.plan.TotalSteps) {
+		if err := t.evaluate(ctx, (t.step+perEpoch-1)/perEpoch); err != nil { // the state is saved before the evaluation
+			return err
+		}
+	}
+	schedule := Schedule{Kind: t.plan.LRScheduler, Peak: t.plan.LearningRate, Warmup: t.plan.WarmupSteps, Total: t.plan.TotalSteps}
+	order, orderEpoch := []int(nil), -1
+	for t.step < t.plan.TotalSteps {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		epoch, position := t.step/perEpoch, t.step%perEpoch*t.plan.BatchSize
+		if epoch != orderEpoch {
+			order, orderEpoch = t.data.Order(t.plan.Seed, epoch), epoch
+		}
+		rows := order[position:min(position+t.plan.BatchSize, len(order))]
+		if err := t.optimize(rows, epoch, schedule); err != nil {
+			return err
+		}
+		ended := t.step%perEpoch == 0 || t.step == t.plan.TotalSteps
+		if ended || time.Since(t.savedAt) >= t.saveInterval() {
+			if err := t.save(); err != nil {
+				return err
+			}
+		}
+		if ended {
+			if err := t.evaluate(ctx, epoch+1); err != nil {
+				return err
+			}
+		}
+	}
+	if err := t.export(); err != nil {
+		return err
+	}
+	return t.emit(child.TrainerEvent{Type: child.EventDone, Step: t.step, TotalSteps: t.plan.TotalSteps, TrainedTokens: t.trained})
+}
+
+func (t *trainer) saveInterval() time.Duration {
+	if m := t.config.Options.SaveMinutes; m != nil {
+		return time.Duration(*m * float64(time.Minute))
+	}
+	return defaultSave
+}
+
+// sums adds up results over micro-batches.
+type sums struct{ loss, weight, correct float64 }
+
+func (s *sums) add(b graph.Batch, r graph.Result) {
+	for i, target := range b.Targets {
+		w := float64(target.Weight)
+		s.loss += w * float64(r.Losses[i])
+		s.weight += w
+		if r.Correct[i] {
+			s.correct += w
+		}
+	}
+}
+
+func (s *sums) meanLoss() float64 { return s.loss / s.weight }
+func (s *sums) accuracy() float64 { return s.correct / s.weight }
+
+// batch packs rows of d. With dropout, every token has its own mask.
+func (t *trainer) batch(d *dataset.Dataset, rows []int, epoch int, dropout bool) graph.Batch {
+	b := graph.Batch{Rows: []int{0}}
+	for _, r := range rows {
+		row, start := d.Rows[r], len(b.Tokens)
+		for i, w := range row.Weights {
+			if w != 0 && i > 0 {
+				b.Targets = append(b.Targets, graph.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
+			}
+			if dropout {
+				b.Seeds = append(b.Seeds, dropoutSeed(t.plan.Seed, epoch, r, i))
+			}
+		}
+		b.Tokens = append(b.Tokens, row.Tokens...)
+		b.Rows = append(b.Rows, len(b.Tokens))
+	}
+	return b
+}
+
+// optimize does one optimizer step on the given rows and reports it. The loss of the step is the mean over its trained
+// tokens, in whatever micro-batches they come.
+func (t *trainer) optimize(rows []int, epoch int, schedule Schedule) error {
+	began := time.Now()
+	tokens := 0
+	for _, r := range rows {
+		tokens += len(t.data.Rows[r].Tokens)
+	}
+	t.beginStep(tokens, epoch, rows)
+	clear(t.lora.Gradients)
+	var total sums
+	for _, run := range t.data.Pack(rows, microTokens) {
+		b := t.batch(t.data, run, epoch, t.plan.LoraDropout > 0)
+		t.beginMicro(len(b.Tokens))
+		// The sum of the losses and not their mean: small gradients stay far from the smallest numbers of the types.
+		result, err := t.model.Gradients(b, t.lora, 1)
+		if err != nil {
+			return fmt.Errorf("step %d: %w", t.step+1, err)
+		}
+		total.add(b, result)
+	}
+	rate := schedule.Rate(t.step)
+	gradientNorm := norm(t.lora.Gradients) / total.weight
+	if finite(total.loss) && finite(gradientNorm) {
+		scale := 1 / total.weight
+		if gradientNorm > t.plan.MaxGradNorm {
+			scale *= t.plan.MaxGradNorm / gradientNorm
+		}
+		optimizer := AdamW{t.plan.AdamBeta1, t.plan.AdamBeta2, t.plan.AdamEpsilon, t.plan.WeightDecay}
+		optimizer.step(t.lora.Parameters, t.lora.Gradients, t.moments, scale, rate, t.step+1)
+		t.skipped = 0
+	} else if err := t.skip(); err != nil {
+		return err
+	}
+	t.step++
+	t.trained += int64(tokens)
+	t.endStep(tokens, time.Since(began))
+	if t.skipped > 0 {
+		return nil
+	}
+	return t.emit(child.TrainerEvent{
+		Type: child.EventStep, Step: t.step, TotalSteps: t.plan.TotalSteps, TrainLoss: total.meanLoss(), TrainAccuracy: total.accuracy(),
+		LearningRate: rate, GradNorm: gradientNorm, TrainedTokens: t.trained,
+	})
+}
+
+func finite(x float64) bool { return !math.IsNaN(x) && !math.IsInf(x, 0) }
+
+// skip reports a step whose loss or gradient is not finite, and fails the job after several in a row.
+func (t *trainer) skip() error {
+	t.skipped++
+	if t.skipped >= maxSkipped {
+		return &child.Error{
+			Code:    "training_diverged",
+			Message: fmt.Sprintf("the loss is not a number for %d steps in a row, up to step %d: try a lower learning_rate (it was %g)", t.skipped, t.step+1, t.plan.LearningRate),
+			Param:   "hone.learning_rate",
+		}
+	}
+	return t.warn("Step %d skipped: its loss or gradient is not a number", t.step+1)
+}
+
+// evaluate reports loss and token accuracy over the whole validation file, without dropout.
+func (t *trainer) evaluate(ctx context.Context, epoch int) error {
+	if t.valid == nil {
+		return nil
+	}
+	began := time.Now()
+	var total sums
+	for _, run := range t.valid.Pack(t.valid.Sequence(), microTokens) {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		b := t.batch(t.valid, run, epoch, false)
+		result, err := t.model.Evaluate(b, t.lora)
+		if err != nil {
+			return fmt.Errorf("evaluate after step %d: %w", t.step, err)
+		}
+		total.add(b, result)
+	}
+	t.progress.mu.Lock()
+	t.progress.validSeconds = time.Since(began).Seconds() / float64(t.valid.Tokens)
+	t.progress.validLeft = int64(t.plan.NumTrainEpochs-epoch) * int64(t.valid.Tokens)
+	t.progress.mu.Unlock()
+	if !finite(total.loss) {
+		return t.warn("The validation loss after step %d is not a number", t.step)
+	}
+	return t.emit(child.TrainerEvent{Type: child.EventEval, Step: t.step, TotalSteps: t.plan.TotalSteps, Epoch: epoch, ValidLoss: total.meanLoss(), ValidAccuracy: total.accuracy()})
+}
+
+func (t *trainer) save() error {
+	s := resumeState{
+		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: len(t.data.Rows), Step: t.step, TrainedTokens: t.trained,
+		Threads: t.threads, Small: t.small, Plan: t.plan,
+	}
+	if err := s.save(t.config.Dir, t.lora.Parameters, t.moments); err != nil {
+		return err
+	}
+	t.saved, t.savedAt = t.step, time.Now()
+	return t.emit(child.TrainerEvent{Type: child.EventSaved, Step: t.step})
+}
+
+// export writes the finished adapter, its manifest last.
+func (t *trainer) export() error {
+	w := adapters.Weights{
+		Manifest: adapters.Manifest{
+			ID: t.config.AdapterID, Name: t.config.AdapterName, BaseModel: t.config.BaseModel, BaseDigest: t.config.BaseDigest,
+			JobID: t.config.JobID, CreatedAt: time.Now().Unix(), Rank: t.plan.R, Alpha: t.plan.LoraAlpha, TargetModules: t.plan.TargetModules,
+			ChatTemplateDigest: t.template, QuestionTemplate: or(t.config.Options.QuestionTemplate, ""),
+			SystemMessage: t.data.SystemMessage, Choices: t.data.Answers, MaxLength: t.data.Longest,
+		},
+		Architecture: t.architecture, UseRSLoRA: t.plan.UseRSLoRA, Dropout: t.plan.LoraDropout,
+		Heads: t.model.Heads.Query, KVHeads: t.model.Heads.KeyValue,
+	}
+	for _, p := range t.lora.Parts {
+		a, b := t.lora.Matrices(t.lora.Parameters, p)
+		w.Modules = append(w.Modules, adapters.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
+	}
+	return adapters.Export(t.config.AdapterDir, w)
+}
+
+// ---- progress ----------------------------------------------------------------------------------------------------
+
+func (t *trainer) beginStep(tokens, epoch int, rows []int) {
+	p := &t.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.backend == nil {
+		p.backend, p.plan = t.backend, t.plan
+		if t.valid != nil {
+			p.validLeft = int64(t.plan.NumTrainEpochs-epoch) * int64(t.valid.Tokens)
+		}
+	}
+	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
+	// Steps left times the mean tokens of a step.
+	perStep := float64(t.data.Tokens) / float64(len(t.data.Rows)) * float64(len(rows))
+	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
+}
+
+func (t *trainer) beginMicro(tokens int) {
+	t.progress.mu.Lock()
+	defer t.progress.mu.Unlock()
+	t.progress.doneTokens += t.progress.microTokens
+	t.progress.microTokens = tokens
+}
+
+func (t *trainer) endStep(tokens int, took time.Duration) {
+	t.progress.mu.Lock()
+	defer t.progress.mu.Unlock()
+	t.progress.trained += int64(tokens)
+	t.progress.training += took
+	t.progress.step, t.progress.stepTokens, t.progress.stepBegan = t.step, 0, time.Time{}
+}
+
+// reportProgress emits a progress event every second, also while one step computes, until done is closed.
+func (t *trainer) reportProgress(done <-chan struct{}) {
+	ticker := time.NewTicker(progressInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-ticker.C:
+			if err := t.emit(t.progress.event()); err != nil {
+				return // the parent is gone, which ends the attempt elsewhere
+			}
+		}
+	}
+}
+
+func (p *progress) event() child.TrainerEvent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := child.TrainerEvent{Type: child.EventProgress, Step: p.step, TotalSteps: p.plan.TotalSteps}
+	if p.backend == nil {
+		return e // still reading data or loading the model
+	}
+	inStep := 0.0
+	took := p.training
+	if p.stepTokens > 0 {
+		inStep = float64(p.doneTokens) + float64(p.microTokens)*p.backend.Progress()
+		e.Fraction = min(0.999, inStep/float64(p.stepTokens))
+		took += time.Since(p.stepBegan)
+	}
+	if seconds := took.Seconds(); seconds > 0 {
+		e.TokensPerSecond = (float64(p.trained) + inStep) / seconds
+	}
+	if e.TokensPerSecond > 0 {
+		e.SecondsLeft = (float64(p.tokensLeft) + float64(p.stepTokens) - inStep) / e.TokensPerSecond
+		perToken := p.validSeconds
+		if perToken == 0 {
+			perToken = 0.4 / e.TokensPerSecond // a forward pass is about 40% of a step
+		}
+		e.SecondsLeft += float64(p.validLeft) * perToken
+	}
+	return e
+}
