@@ -115,8 +115,7 @@ func Open(path string) (*File, error) {
 	}
 	f, err := Parse(handle, info.Size())
 	if err != nil {
-		var format *FormatError
-		if errors.As(err, &format) {
+		if format, ok := errors.AsType[*FormatError](err); ok {
 			format.Path = path
 		}
 		return nil, err

@@ -273,7 +273,7 @@ func TestTypeSizes(t *testing.T) {
 	for typ, want := range map[Type]float64{F32: 32, F16: 16, BF16: 16, Q4_0: 4.5, Q4_1: 5, Q5_0: 5.5, Q5_1: 6, Q8_0: 8.5,
 		Q8_1: 9, MXFP4: 4.25, Q2K: 2.625, Q3K: 3.4375, Q4K: 4.5, Q5K: 5.5, Q6K: 6.5625, Q8K: 9.125, IQ2XXS: 2.0625,
 		IQ2XS: 2.3125, IQ2S: 2.5625, IQ3XXS: 3.0625, IQ3S: 3.4375, IQ1S: 1.5625, IQ1M: 1.75, IQ4NL: 4.5, IQ4XS: 4.25,
-		TQ1_0: 1.6875, TQ2_0: 2.0625, I8: 8, I16: 16, I32: 32, I64: 64, F64: 64} {
+		TQ10: 1.6875, TQ20: 2.0625, I8: 8, I16: 16, I32: 32, I64: 64, F64: 64} {
 		if got := 8 * float64(typ.TypeBytes()) / float64(typ.BlockSize()); got != want {
 			t.Errorf("%s has %v bits per weight, want %v", typ, got, want)
 		}
@@ -313,7 +313,10 @@ func FuzzParse(f *testing.F) {
 			file.Metadata.Ints(key)
 			file.Metadata.Floats(key)
 		}
-		CheckModel(file)
-		CheckAdapter(file, file)
+		for _, err := range []error{CheckModel(file), CheckAdapter(file, file)} {
+			if err != nil && !errors.As(err, new(*FormatError)) {
+				t.Fatalf("error %v is a %T, want *FormatError", err, err)
+			}
+		}
 	})
 }

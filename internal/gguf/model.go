@@ -267,8 +267,9 @@ func (c *checker) dense() bool {
 }
 
 // specialTokens are the keys of token ids that the engine's vocabulary reads.
-var specialTokens = []string{"bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "fim_pre", "fim_suf",
-	"fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle"}
+var specialTokens = []string{"bos", "eos", "eot", "eom", "unknown", "padding", "mask", "fim_pre", "fim_suf",
+	"fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
+	"seperator"} //nolint:misspell // llama.cpp spells the key so
 
 // defaultTokens are the ids that the engine takes where a file does not name them.
 var defaultTokens = map[string]map[string]int64{

@@ -96,8 +96,7 @@ func ReadSafetensors(path string) ([]Float32Tensor, map[string]string, error) {
 	}
 	defer f.Close()
 	tensors, metadata, err := parseSafetensors(f, info.Size())
-	var format *FormatError
-	if errors.As(err, &format) {
+	if format, ok := errors.AsType[*FormatError](err); ok {
 		format.Path = path
 	}
 	return tensors, metadata, err
@@ -249,10 +248,10 @@ func floats(raw []byte, dtype string) []float32 {
 func half(h uint16) float32 {
 	sign := uint32(h&0x8000) << 16
 	exponent, fraction := uint32(h>>10&0x1f), uint32(h&0x3ff)
-	switch {
-	case exponent == 0x1f: // infinity and NaN
+	switch exponent {
+	case 0x1f: // infinity and NaN
 		return math.Float32frombits(sign | 0xff<<23 | fraction<<13)
-	case exponent == 0: // zero and subnormal: fraction * 2^-24
+	case 0: // zero and subnormal: fraction * 2^-24
 		return math.Float32frombits(sign | math.Float32bits(float32(fraction)/(1<<24)))
 	}
 	return math.Float32frombits(sign | (exponent+127-15)<<23 | fraction<<13)

@@ -36,8 +36,8 @@ const (
 	F64    Type = 28
 	IQ1M   Type = 29
 	BF16   Type = 30
-	TQ1_0  Type = 34
-	TQ2_0  Type = 35
+	TQ10   Type = 34
+	TQ20   Type = 35
 	MXFP4  Type = 39
 )
 
@@ -76,8 +76,8 @@ var layouts = map[Type]layout{
 	IQ1M:   {"iq1_m", 256, 32 + 16 + 8, true},
 	IQ4NL:  {"iq4_nl", 32, 2 + 16, true},
 	IQ4XS:  {"iq4_xs", 256, 2 + 2 + 4 + 128, true},
-	TQ1_0:  {"tq1_0", 256, 2 + 4 + 48, true},
-	TQ2_0:  {"tq2_0", 256, 2 + 64, true},
+	TQ10:   {"tq1_0", 256, 2 + 4 + 48, true},
+	TQ20:   {"tq2_0", 256, 2 + 64, true},
 	I8:     {"i8", 1, 1, false},
 	I16:    {"i16", 1, 2, false},
 	I32:    {"i32", 1, 4, false},

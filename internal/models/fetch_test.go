@@ -114,6 +114,12 @@ func catalogued(data []byte) Source {
 	return s
 }
 
+// send sends what a client may read before the answer ends. A client that is gone is none of its business.
+func send(w http.ResponseWriter, data []byte) {
+	_, _ = w.Write(data)
+	w.(http.Flusher).Flush()
+}
+
 func content(n int) []byte {
 	data := make([]byte, n)
 	for i := range data {
@@ -237,14 +243,15 @@ func TestFetchResumes(t *testing.T) {
 		}
 		if n == 1 {
 			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
-			w.Write(data[:100000])
+			send(w, data[:100000])
 		} else {
 			var offset int
-			fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &offset)
+			if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &offset); err != nil {
+				t.Error(err)
+			}
 			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", offset, len(data)-1, len(data)))
 			w.WriteHeader(http.StatusPartialContent)
-			w.Write(data[offset : offset+1000])
-			w.(http.Flusher).Flush() // no length: the end looks like the end of the file
+			send(w, data[offset:offset+1000])
 		}
 		return true
 	}}).start(t)
@@ -273,8 +280,7 @@ func TestFetchResumesAfterCancel(t *testing.T) {
 			return false
 		}
 		w.Header().Set("Content-Length", fmt.Sprint(len(data)))
-		w.Write(data[:300000])
-		w.(http.Flusher).Flush()
+		send(w, data[:300000])
 		<-release
 		return true
 	}}).start(t)
@@ -306,8 +312,7 @@ func TestFetchStalled(t *testing.T) {
 			return false
 		}
 		w.WriteHeader(http.StatusOK)
-		w.Write(data[:10])
-		w.(http.Flusher).Flush()
+		send(w, data[:10])
 		<-release
 		return true
 	}}).start(t)
@@ -346,16 +351,19 @@ func TestFetchFails(t *testing.T) {
 		source Source
 		want   string
 	}{
-		"404":                {&testHub{}, Source{Name: "x", Repo: "owner/gone", Revision: "main", File: "x.gguf"}, "404"},
-		"401":                {&testHub{status: 401}, testSource, "HF_TOKEN"},
-		"500":                {&testHub{status: 500}, testSource, "500"},
-		"another file":       {&testHub{}, catalogued([]byte("other")), "another one"},
-		"no digest":          {&testHub{digest: "abc"}, testSource, "without the file's sha256"},
-		"hostile digest":     {&testHub{digest: "../../../../../../etc/x"}, testSource, "without the file's sha256"},
-		"tampered":           {&testHub{digest: strings.Repeat("a", 64)}, testSource, "what the hub sent has sha256"},
-		"shorter":            {&testHub{size: 6000}, testSource, "expected 6000"},
-		"longer":             {&testHub{size: 4000}, testSource, "expected 4000"},
-		"storage has no URL": {&testHub{storage: func(w http.ResponseWriter, _ *http.Request, _ int) bool { http.Error(w, "", 410); return true }}, testSource, "410"},
+		"404":            {&testHub{}, Source{Name: "x", Repo: "owner/gone", Revision: "main", File: "x.gguf"}, "404"},
+		"401":            {&testHub{status: 401}, testSource, "HF_TOKEN"},
+		"500":            {&testHub{status: 500}, testSource, "500"},
+		"another file":   {&testHub{}, catalogued([]byte("other")), "another one"},
+		"no digest":      {&testHub{digest: "abc"}, testSource, "without the file's sha256"},
+		"hostile digest": {&testHub{digest: "../../../../../../etc/x"}, testSource, "without the file's sha256"},
+		"tampered":       {&testHub{digest: strings.Repeat("a", 64)}, testSource, "what the hub sent has sha256"},
+		"shorter":        {&testHub{size: 6000}, testSource, "expected 6000"},
+		"longer":         {&testHub{size: 4000}, testSource, "expected 4000"},
+		"storage has no URL": {&testHub{storage: func(w http.ResponseWriter, _ *http.Request, _ int) bool {
+			http.Error(w, "", http.StatusGone)
+			return true
+		}}, testSource, "410"},
 		"redirects forever": {&testHub{storage: func(w http.ResponseWriter, r *http.Request, _ int) bool {
 			http.Redirect(w, r, "/again", http.StatusFound)
 			return true
@@ -415,14 +423,12 @@ func wheelPip(t *testing.T, member string, data []byte) []string {
 // offline is a cache whose hub nobody answers for.
 func offline(t *testing.T, pip []string) *Cache {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.Close()
-	var notes []string
-	c, err := NewCache(CacheOptions{Dir: filepath.Join(t.TempDir(), "cache"), Endpoint: "http://" + l.Addr().String(), Pip: pip,
-		Note: func(s string) { notes = append(notes, s) }})
+	c, err := NewCache(CacheOptions{Dir: filepath.Join(t.TempDir(), "cache"), Endpoint: "http://" + l.Addr().String(), Pip: pip})
 	if err != nil {
 		t.Fatal(err)
 	}

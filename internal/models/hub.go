@@ -158,8 +158,8 @@ func (h *hub) get(ctx context.Context, method string, u *url.URL, offset int64, 
 		}
 		resp, err := h.client.Do(req)
 		if err != nil {
-			var withURL *url.Error // the address is long, signed on the storage's host, and no news
-			if errors.As(err, &withURL) {
+			// The address is long, signed on the storage's host, and no news.
+			if withURL, ok := errors.AsType[*url.Error](err); ok {
 				err = withURL.Err
 			}
 			return nil, err

@@ -143,7 +143,8 @@ func read(dir string) (Model, error) {
 	}
 	info, err := os.Stat(m.Weights())
 	if err != nil {
-		return Model{}, fmt.Errorf("the weights of model %q: %v", m.Name, err) // %v: the model exists, its file does not
+		// Hidden, since a missing file must not look like a missing model.
+		return Model{}, fmt.Errorf("the weights of model %q: %s", m.Name, err.Error())
 	}
 	if info.Size() != m.Bytes {
 		return Model{}, fmt.Errorf("%s has %d bytes, its manifest says %d: remove the model and add it again",

