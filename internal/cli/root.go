@@ -66,6 +66,7 @@ func newRootCommand(s streams) *cobra.Command {
 	root.AddCommand(
 		newModelsCommand(s),
 		newPullCommand(s),
+		newServeCommand(s),
 	)
 	return root
 }
