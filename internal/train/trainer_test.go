@@ -1,0 +1,413 @@
+package train
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/llama"
+)
+
+// tinyJob is a job of 10 rows on the tiny model: 3 epochs of 3 steps.
+func tinyJob(t *testing.T) child.TrainerConfig {
+	t.Helper()
+	dir := t.TempDir()
+	model := filepath.Join(dir, "model")
+	if err := os.Mkdir(model, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile("testdata/tiny-llama-q4_1.gguf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(model, "base.gguf"), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return child.TrainerConfig{
+		JobID: "ftjob-test", Attempt: 1, ModelDir: model, BaseModel: "tiny", BaseDigest: strings.Repeat("ab", 32),
+		TrainingFile: writeRows(t, dir, "train.jsonl", 10), ValidationFile: writeRows(t, dir, "valid.jsonl", 4),
+		Dir: filepath.Join(dir, "a1"), AdapterDir: filepath.Join(dir, "adapter"), AdapterID: "test", AdapterName: "ft:tiny:local::test",
+		Seed: 42, Threads: 1,
+		Options: child.TrainOptions{R: ptr(4), NumTrainEpochs: ptr(3), BatchSize: ptr(4), LearningRate: ptr(2e-3), SaveMinutes: ptr(0.0)},
+	}
+}
+
+func ptr[T any](v T) *T { return &v }
+
+func writeRows(t *testing.T, dir, name string, n int) string {
+	t.Helper()
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, `{"messages":[{"role":"user","content":"问 %d: %s"},{"role":"assistant","content":"%c"}]}`+"\r\n", i, strings.Repeat("word ", i%4), 'A'+i%4)
+	}
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte("\ufeff"+b.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// runJob runs an attempt and sends "stop" once it has reported stopAt steps (never if stopAt is 0).
+func runJob(t *testing.T, config child.TrainerConfig, stopAt int) []child.TrainerEvent {
+	t.Helper()
+	commands, stop := io.Pipe()
+	defer stop.Close()
+	events, out := io.Pipe()
+	failed := make(chan error, 1)
+	go func() {
+		err := Run(t.Context(), config, commands, out)
+		out.Close()
+		failed <- err
+	}()
+	var list []child.TrainerEvent
+	lines := bufio.NewScanner(events)
+	for lines.Scan() {
+		var e child.TrainerEvent
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			t.Fatalf("event %s: %v", lines.Text(), err)
+		}
+		list = append(list, e)
+		if e.Type == child.EventStep && e.Step == stopAt {
+			fmt.Fprintln(stop, `{"op":"stop"}`)
+		}
+	}
+	if err := <-failed; err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func eventsOf(list []child.TrainerEvent, kind string) []child.TrainerEvent {
+	return slices.DeleteFunc(slices.Clone(list), func(e child.TrainerEvent) bool { return e.Type != kind })
+}
+
+func digest(t *testing.T, dir, name string) [32]byte {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(data)
+}
+
+// TestResumeIsBitForBit stops a job in the middle of an epoch and goes on in a second attempt: losses and the final
+// adapter are those of a job that was left alone, to the last bit.
+func TestResumeIsBitForBit(t *testing.T) {
+	whole := tinyJob(t)
+	alone := runJob(t, whole, 0)
+	if n := len(eventsOf(alone, child.EventStep)); n != 9 {
+		t.Fatalf("%d steps, expected 9", n)
+	}
+	if n := len(eventsOf(alone, child.EventEval)); n != 3 {
+		t.Fatalf("%d evaluations, expected 3", n)
+	}
+	if n := len(eventsOf(alone, child.EventDone)); n != 1 {
+		t.Fatalf("%d done events, expected 1", n)
+	}
+
+	cut := tinyJob(t)
+	first := runJob(t, cut, 4)
+	if len(eventsOf(first, child.EventDone)) != 0 {
+		t.Fatal("the stopped attempt is done")
+	}
+	cut.Attempt, cut.ResumeFrom, cut.Dir = 2, []string{cut.Dir}, cut.Dir+"-2"
+	second := runJob(t, cut, 0)
+	plan := eventsOf(second, child.EventPlan)[0].Plan
+	if plan.ResumedStep < 4 {
+		t.Errorf("resumed at step %d, expected at least 4", plan.ResumedStep)
+	}
+	steps := append(eventsOf(first, child.EventStep), eventsOf(second, child.EventStep)...)
+	if diff := cmp.Diff(eventsOf(alone, child.EventStep), steps); diff != "" {
+		t.Errorf("steps (-alone +resumed):\n%s", diff)
+	}
+	for _, name := range []string{adapters.GGUFFile, adapters.PEFTWeights} {
+		if digest(t, whole.AdapterDir, name) != digest(t, cut.AdapterDir, name) {
+			t.Errorf("%s differs from that of the job that was left alone", name)
+		}
+	}
+}
+
+// A damaged newest resume state is passed over, with a warning, for the one before.
+func TestDamagedResumeStateIsSkipped(t *testing.T) {
+	config := tinyJob(t)
+	runJob(t, config, 4)
+	states, err := statesIn(config.Dir)
+	if err != nil || len(states) != keptStates {
+		t.Fatalf("resume states %v, %v: expected %d", states, err, keptStates)
+	}
+	path := filepath.Join(states[0], stateFile)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[len(data)/2] ^= 1
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config.ResumeFrom, config.Dir = []string{config.Dir}, config.Dir+"-2"
+	events := runJob(t, config, 0)
+	logs := eventsOf(events, child.EventLog)
+	if len(logs) != 1 || !strings.Contains(logs[0].Message, "damaged") {
+		t.Errorf("log events %+v, expected one about the damaged state", logs)
+	}
+	if len(eventsOf(events, child.EventDone)) != 1 {
+		t.Error("the job is not done")
+	}
+}
+
+func TestOrphanedTrainerEnds(t *testing.T) {
+	config := tinyJob(t)
+	config.Options.NumTrainEpochs = ptr(1000)
+	began := time.Now()
+	err := Run(t.Context(), config, strings.NewReader(""), io.Discard)
+	if err == nil || !strings.Contains(err.Error(), "gone") {
+		t.Errorf("error %v, expected that the server is gone", err)
+	}
+	if time.Since(began) > time.Minute {
+		t.Error("took longer than a minute")
+	}
+}
+
+func TestJobsThatCannotSucceedFailByName(t *testing.T) {
+	broken := func(text string) func(t *testing.T, c *child.TrainerConfig) {
+		return func(t *testing.T, c *child.TrainerConfig) {
+			if err := os.WriteFile(c.TrainingFile, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, test := range map[string]struct {
+		spoil             func(t *testing.T, c *child.TrainerConfig)
+		code, param, text string
+	}{
+		"broken line":   {broken(`{"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y"}]}` + "\n{\n"), "invalid_training_file", "training_file", "line 2"},
+		"empty file":    {broken("\n"), "invalid_training_file", "training_file", "empty"},
+		"no assistant":  {broken(`{"messages":[{"role":"user","content":"x"}]}`), "invalid_training_file", "training_file", "line 1"},
+		"too long":      {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(3) }, "invalid_training_file", "training_file", "max_length"},
+		"max_length":    {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(1 << 20) }, child.CodeInvalidRequest, "hone.max_length", "512 tokens"},
+		"rank":          {func(_ *testing.T, c *child.TrainerConfig) { c.Options.R = ptr(0) }, child.CodeInvalidRequest, "hone.r", "1 to 256"},
+		"target":        {func(_ *testing.T, c *child.TrainerConfig) { c.Options.TargetModules = []string{"lm_head"} }, child.CodeInvalidRequest, "hone.target_modules", "lm_head"},
+		"missing model": {func(t *testing.T, c *child.TrainerConfig) { c.ModelDir = t.TempDir() }, child.CodeInvalidModel, "model", "base.gguf"},
+		"diverging": {func(_ *testing.T, c *child.TrainerConfig) {
+			c.Options.LearningRate = ptr(1.0)
+			c.Options.LoraAlpha = ptr(1e30)
+		}, "training_diverged", "hone.learning_rate", "lower learning_rate"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := tinyJob(t)
+			test.spoil(t, &config)
+			failed := eventsOf(runJob(t, config, 0), child.EventFailed)
+			if len(failed) != 1 {
+				t.Fatalf("%d failed events, expected 1", len(failed))
+			}
+			e := failed[0].Error
+			if e.Code != test.code || e.Param != test.param || !strings.Contains(e.Message, test.text) {
+				t.Errorf("got %+v, expected code %s, param %s and %q in the message", e, test.code, test.param, test.text)
+			}
+			if _, err := os.Stat(config.AdapterDir); err == nil {
+				t.Error("an adapter was written")
+			}
+		})
+	}
+}
+
+// TestServedLogits exports a trained adapter and compares the logits of llama.cpp, which serves it, with the trainer's.
+// llama.cpp rounds activations to 8 bits where it multiplies 4-bit weights, so the base alone differs too: the adapter
+// must not add to that.
+func TestServedLogits(t *testing.T) {
+	tokens := []engine.Token{5, 77, 201, 33, 90, 14, 260, 8, 120, 119}
+	config := tinyJob(t)
+	config.Options.NumTrainEpochs, config.Options.LearningRate, config.Options.LoraDropout = ptr(6), ptr(2e-2), ptr(0.0)
+	runJob(t, config, 0)
+
+	backend, err := ggml.NewCPU(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backend.Close()
+	file, err := gguf.Open(filepath.Join(config.ModelDir, "base.gguf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	model, err := graph.Load(file, backend, graph.ExactLayout())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer model.Close()
+	lora, err := model.NewLoRA(graph.LoRAOptions{Rank: 4, Alpha: 8, Modules: graph.AllLinear})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lora.Close()
+	_, arrays, skipped := findState([]string{config.Dir}, config.JobID, config.BaseDigest)
+	if len(skipped) > 0 || copy(lora.Parameters, arrays["parameters"]) != len(lora.Parameters) {
+		t.Fatalf("no resume state: %v", skipped)
+	}
+	b := graph.Batch{Tokens: tokens, Rows: []int{0, len(tokens)}, Targets: []graph.Target{{Position: len(tokens) - 1, Weight: 1}}}
+
+	served, err := llama.LoadModel(filepath.Join(config.ModelDir, "base.gguf"), llama.ModelOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer served.Close()
+	adapter, err := llama.LoadAdapter(served, filepath.Join(config.AdapterDir, adapters.GGUFFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer adapter.Free()
+	base := maxDifference(t, servedLogits(t, served, nil, tokens), trainerLogits(t, model, b, nil))
+	tuned := maxDifference(t, servedLogits(t, served, adapter, tokens), trainerLogits(t, model, b, lora))
+	moved := maxDifference(t, trainerLogits(t, model, b, lora), trainerLogits(t, model, b, nil))
+	t.Logf("largest difference of a logit: base %.4f, tuned %.4f; the adapter moves logits by up to %.2f", base, tuned, moved)
+	if tuned > 2*base+0.05 || moved < 1 {
+		t.Errorf("served and trained logits differ by %g with the adapter, by %g without; the adapter moves them by %g", tuned, base, moved)
+	}
+}
+
+// servedLogits are llama.cpp's after the last token; adapter nil is the base model.
+func servedLogits(t *testing.T, m *llama.Model, adapter *llama.Adapter, tokens []engine.Token) []float32 {
+	t.Helper()
+	context, err := llama.NewContext(m, llama.ContextOptions{Tokens: 512, Threads: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer context.Close()
+	if adapter != nil {
+		if err := context.SetAdapter(adapter, 1); err != nil {
+			t.Fatal(err)
+		}
+		defer context.SetAdapter(nil, 0) // before the adapter is freed; the context is closed anyway
+	}
+	batch := llama.NewBatch(len(tokens))
+	defer batch.Close()
+	row := 0
+	for i, token := range tokens {
+		row = batch.Add(token, i, 0, i == len(tokens)-1)
+	}
+	if err := context.Decode(batch); err != nil {
+		t.Fatal(err)
+	}
+	return slices.Clone(context.Logits(row))
+}
+
+func trainerLogits(t *testing.T, m *graph.Model, b graph.Batch, l *graph.LoRA) []float32 {
+	t.Helper()
+	logits, err := m.Logits(b, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return logits[0]
+}
+
+func maxDifference(t *testing.T, a, b []float32) float64 {
+	t.Helper()
+	if len(a) != len(b) {
+		t.Fatalf("%d and %d logits", len(a), len(b))
+	}
+	worst := 0.0
+	for i := range a {
+		worst = max(worst, math.Abs(float64(a[i]-b[i])))
+	}
+	return worst
+}
+
+func TestPlan(t *testing.T) {
+	const weights = 134_515_008
+	all := []string{"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+	auto := child.TrainPlan{
+		R: 16, LoraAlpha: 32, LoraDropout: 0.05, TargetModules: all, LearningRate: 2e-3, LearningRateMultiplier: 1, NumTrainEpochs: 3, BatchSize: 8,
+		WarmupSteps: 6, LRScheduler: "cosine", AdamBeta1: 0.9, AdamBeta2: 0.999, AdamEpsilon: 1e-8, MaxGradNorm: 1, MaxLength: 2048, TotalSteps: 192, Seed: 1,
+	}
+	student := auto
+	student.R, student.LoraAlpha, student.TargetModules, student.LearningRate, student.LearningRateMultiplier = 8, 16, []string{"q_proj", "v_proj"}, 2e-4, 0.1
+	few := auto
+	few.NumTrainEpochs, few.BatchSize, few.TotalSteps, few.WarmupSteps = 10, 1, 200, 6
+	limited := auto
+	limited.NumTrainEpochs, limited.TotalSteps, limited.WarmupSteps = 1, 5, 1
+	for name, test := range map[string]struct {
+		options child.TrainOptions
+		rows    int
+		want    child.TrainPlan
+	}{
+		"auto":             {child.TrainOptions{}, 510, auto},
+		"all-linear":       {child.TrainOptions{TargetModules: []string{"all-linear"}}, 510, auto},
+		"few rows":         {child.TrainOptions{}, 20, few},
+		"max_steps":        {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
+		"the first user's": {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
+	} {
+		got, err := NewPlan(test.options, test.rows, weights, 2048, 1)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		got.LearningRateMultiplier = math.Round(got.LearningRateMultiplier*1e9) / 1e9
+		if diff := cmp.Diff(test.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	if rate := AutoLearningRate(8e9); rate != 2.6e-4 {
+		t.Errorf("rate for 8 billion weights: %g", rate)
+	}
+}
+
+func TestSchedule(t *testing.T) {
+	for kind, want := range map[string][]float64{
+		"cosine":   {0, 0.5, 1, 0.75, 0.25, 0},
+		"linear":   {0, 0.5, 1, 2.0 / 3, 1.0 / 3, 0},
+		"constant": {0, 0.5, 1, 1, 1, 1},
+	} {
+		s := Schedule{Kind: kind, Peak: 1, Warmup: 2, Total: 5}
+		for i, w := range want {
+			if math.Abs(s.Rate(i)-w) > 1e-12 {
+				t.Errorf("%s after %d steps: %g, expected %g", kind, i, s.Rate(i), w)
+			}
+		}
+	}
+}
+
+// A trainer says something at least every two seconds, also while one step computes.
+func TestProgressInsideAStep(t *testing.T) {
+	config := tinyJob(t)
+	config.Options.NumTrainEpochs, config.Options.SaveMinutes = ptr(100000), nil
+	commands, stop := io.Pipe()
+	defer stop.Close()
+	var out bytes.Buffer
+	time.AfterFunc(2500*time.Millisecond, func() { fmt.Fprintln(stop, `{"op":"stop"}`) })
+	if err := Run(t.Context(), config, commands, &out); err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for line := range strings.Lines(out.String()) {
+		var e child.TrainerEvent
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatal(err)
+		}
+		if e.Type == child.EventProgress && e.Step > 0 {
+			n++
+			if e.TokensPerSecond <= 0 || e.SecondsLeft <= 0 || e.TotalSteps == 0 {
+				t.Errorf("progress %+v", e)
+			}
+		}
+	}
+	if n == 0 {
+		t.Error("no progress event in 2.5 s")
+	}
+}
