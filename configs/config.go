@@ -99,11 +99,12 @@ func newViper() *viper.Viper {
 func mergeFile(v *viper.Viper, path string) (string, []error, error) {
 	named := path != ""
 	if !named {
+		// Without a data directory there is no file in it; decode reports the former, with all else.
 		dir, err := dataDir(v.GetString("data_dir"))
-		if err != nil {
-			return "", nil, nil // reported by decode, with all else
-		}
 		path = filepath.Join(dir, FileName)
+		if err != nil {
+			path = os.DevNull
+		}
 	}
 	data, err := os.ReadFile(path)
 	if !named && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {

@@ -37,10 +37,10 @@ func TestDefaultHasEveryKey(t *testing.T) {
 }
 
 func collectKeys(t reflect.Type, prefix string, keys *[]string) {
-	for i := range t.NumField() {
-		key := prefix + t.Field(i).Tag.Get("mapstructure")
-		if t.Field(i).Type.Kind() == reflect.Struct {
-			collectKeys(t.Field(i).Type, key+".", keys)
+	for field := range t.Fields() {
+		key := prefix + field.Tag.Get("mapstructure")
+		if field.Type.Kind() == reflect.Struct {
+			collectKeys(field.Type, key+".", keys)
 			continue
 		}
 		*keys = append(*keys, key)

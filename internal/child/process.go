@@ -168,7 +168,7 @@ func forkThread(work <-chan func(), nice int) {
 // reap waits for the process and its standard error.
 func (p *Process) reap(last *lastLines) {
 	err := p.cmd.Wait()
-	killGroup(p.cmd.Process.Pid) // what the child may have started
+	_ = killGroup(p.cmd.Process.Pid) // what the child may have started
 	state := p.cmd.ProcessState
 	switch status, ok := state.Sys().(syscall.WaitStatus); {
 	case ok && status.Signaled():

@@ -51,10 +51,10 @@ func echoRole(in *bufio.Reader) int {
 }
 
 func crashRole(in *bufio.Reader) int {
-	in.ReadString('\n')
+	_, _ = in.ReadString('\n')
 	fmt.Println(strings.Repeat("x", 300_000))
 	fmt.Fprintln(os.Stderr, "loading\nGGML_ASSERT(a > b) failed")
-	syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	select {}
 }
 
@@ -73,7 +73,9 @@ func parentRole(in *bufio.Reader) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	p.Next()
+	if _, err := p.Next(); err != nil {
+		return 1
+	}
 	fmt.Println(p.PID())
 	select {}
 }
@@ -99,11 +101,11 @@ func trainerRole(in *bufio.Reader) int {
 	out := json.NewEncoder(os.Stdout)
 	fmt.Println("not an event")
 	for i := range 1000 { // more than any buffer between holds
-		out.Encode(TrainerEvent{Type: EventStep, Step: i, Message: strings.Repeat("x", 1000)})
+		_ = out.Encode(TrainerEvent{Type: EventStep, Step: i, Message: strings.Repeat("x", 1000)})
 	}
 	line, _ = in.ReadBytes('\n')
 	if string(line) == "{\"op\":\"stop\"}\n" {
-		out.Encode(TrainerEvent{Type: EventSaved, Message: config.JobID})
+		_ = out.Encode(TrainerEvent{Type: EventSaved, Message: config.JobID})
 	}
 	return 0
 }
@@ -119,27 +121,27 @@ func runnerRole(in *bufio.Reader) int {
 	}
 	out := json.NewEncoder(os.Stdout)
 	if config.ModelDir == "broken" {
-		out.Encode(RunnerEvent{Type: "failed", Error: &Error{Code: CodeInvalidModel, Message: "base.gguf: bad magic"}})
+		_ = out.Encode(RunnerEvent{Type: "failed", Error: &Error{Code: CodeInvalidModel, Message: "base.gguf: bad magic"}})
 		return 1
 	}
 	if config.ModelDir == "slow" {
 		time.Sleep(time.Minute)
 	}
-	listener, err := net.Listen("unix", config.Socket)
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "unix", config.Socket)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	go func() {
-		io.Copy(io.Discard, in)
+		_, _ = io.Copy(io.Discard, in)
 		os.Exit(0)
 	}()
-	out.Encode(RunnerEvent{Type: "ready", ContextTokens: 99})
-	http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	_ = out.Encode(RunnerEvent{Type: "ready", ContextTokens: 99})
+	_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var req GenerateRequest
 		if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.Prompt == nil {
 			w.WriteHeader(http.StatusBadRequest)
-			json.NewEncoder(w).Encode(GenerateEvent{Error: &Error{Code: CodeInvalidRequest, Message: "no prompt"}})
+			_ = json.NewEncoder(w).Encode(GenerateEvent{Error: &Error{Code: CodeInvalidRequest, Message: "no prompt"}})
 			return
 		}
 		events, words := json.NewEncoder(w), strings.Fields(*req.Prompt)
@@ -147,20 +149,20 @@ func runnerRole(in *bufio.Reader) int {
 			switch word {
 			case "die":
 				fmt.Fprintln(os.Stderr, "GGML_ASSERT")
-				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			case "refuse":
-				events.Encode(GenerateEvent{Error: &Error{Code: CodeContextLength, Message: "too long"}})
+				_ = events.Encode(GenerateEvent{Error: &Error{Code: CodeContextLength, Message: "too long"}})
 				return
 			}
-			events.Encode(GenerateEvent{Text: word + " "})
+			_ = events.Encode(GenerateEvent{Text: word + " "})
 			w.(http.Flusher).Flush()
 			if word == "wait" {
 				<-r.Context().Done()
-				os.WriteFile(words[len(words)-1], nil, 0o600)
+				_ = os.WriteFile(words[len(words)-1], nil, 0o600)
 				return
 			}
 		}
-		events.Encode(GenerateEvent{FinishReason: "stop", Usage: &Usage{CompletionTokens: len(words)}})
+		_ = events.Encode(GenerateEvent{FinishReason: "stop", Usage: &Usage{CompletionTokens: len(words)}})
 	}))
 	return 1
 }
@@ -260,7 +262,7 @@ func TestStartNothing(t *testing.T) {
 // TestChildDiesWithParent kills a process with SIGKILL, which leaves it no moment to end its child.
 func TestChildDiesWithParent(t *testing.T) {
 	t.Parallel()
-	parent := exec.Command(os.Args[0], "parent")
+	parent := exec.CommandContext(t.Context(), os.Args[0], "parent")
 	parent.Stderr = os.Stderr
 	out, err := parent.StdoutPipe()
 	if err != nil {
@@ -280,11 +282,11 @@ func TestChildDiesWithParent(t *testing.T) {
 	if !alive(pid) {
 		t.Fatal("the child does not run")
 	}
-	parent.Process.Kill()
-	parent.Wait()
+	_ = parent.Process.Kill()
+	_ = parent.Wait()
 	for deadline := time.Now().Add(5 * time.Second); alive(pid); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			syscall.Kill(pid, syscall.SIGKILL)
+			_ = syscall.Kill(pid, syscall.SIGKILL)
 			t.Fatal("the child outlived its parent")
 		}
 	}

@@ -113,8 +113,7 @@ func (r *Runners) runner(ctx context.Context, base Base) (*Runner, error) {
 	if l == nil || l.ended() {
 		l = &loading{ready: make(chan struct{})}
 		r.byBase[base] = l
-		r.work.Add(1)
-		go r.keep(base, l)
+		r.work.Go(func() { r.keep(base, l) }) //nolint:contextcheck // others wait for it too, when ctx has ended
 	}
 	r.mu.Unlock()
 	select {
@@ -144,7 +143,6 @@ func (l *loading) ended() bool {
 
 // keep starts the runner of l, waits for its end, and cleans up.
 func (r *Runners) keep(base Base, l *loading) {
-	defer r.work.Done()
 	log := r.opts.Logger.With("base_model", base.Name)
 	began := time.Now()
 	ctx, cancel := context.WithTimeoutCause(r.ctx, r.opts.ReadyTimeout,
@@ -196,22 +194,16 @@ func (r *Runners) Stop(ctx context.Context) {
 		default:
 			// Being started: its context has just ended, which ends it. One that becomes ready at this very moment
 			// is caught below.
-			r.work.Add(1)
-			go func() {
-				defer r.work.Done()
+			r.work.Go(func() {
 				if <-l.ready; l.err == nil {
 					_ = l.runner.process.Stop(ctx)
 				}
-			}()
+			})
 		}
 	}
 	r.mu.Unlock()
 	for _, runner := range running {
-		r.work.Add(1)
-		go func() {
-			defer r.work.Done()
-			_ = runner.process.Stop(ctx)
-		}()
+		r.work.Go(func() { _ = runner.process.Stop(ctx) })
 	}
 	r.work.Wait()
 }
