@@ -15,6 +15,8 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/hone-llm/hone/internal/durable"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -35,12 +37,12 @@ func (e *BaseMismatchError) Error() string {
 
 // Adapter is a servable adapter.
 type Adapter struct {
-	Manifest
+	lora.Manifest
 	Dir string // absolute
 }
 
 // GGUF is the path of the weights in the form that the runner loads.
-func (a Adapter) GGUF() string { return filepath.Join(a.Dir, GGUFFile) }
+func (a Adapter) GGUF() string { return filepath.Join(a.Dir, lora.GGUFFile) }
 
 // CheckBase returns *BaseMismatchError unless digest is that of the base model that the adapter was trained on.
 func (a Adapter) CheckBase(digest string) error {
@@ -118,7 +120,7 @@ func (r *Registry) load(ctx context.Context) error {
 			r.logger.Info("finished an interrupted deletion", "adapter", row.Name)
 			continue
 		}
-		e := &entry{adapter: Adapter{Dir: filepath.Join(r.dir, row.ID), Manifest: Manifest{
+		e := &entry{adapter: Adapter{Dir: filepath.Join(r.dir, row.ID), Manifest: lora.Manifest{
 			ID: row.ID, Name: row.Name, JobID: row.JobID, BaseModel: row.BaseModel, BaseDigest: row.BaseDigest, CreatedAt: row.CreatedAt,
 		}}}
 		if m, err := r.check(row.ID); err != nil {
@@ -159,17 +161,17 @@ func (r *Registry) load(ctx context.Context) error {
 
 // check reads the manifest of a published adapter and looks that its files are there, but does not hash them: a start
 // must not read every adapter.
-func (r *Registry) check(id string) (Manifest, error) {
-	m, err := ReadManifest(filepath.Join(r.dir, id))
+func (r *Registry) check(id string) (lora.Manifest, error) {
+	m, err := lora.ReadManifest(filepath.Join(r.dir, id))
 	if err != nil {
-		return Manifest{}, err
+		return lora.Manifest{}, err
 	}
 	if m.ID != id {
-		return Manifest{}, fmt.Errorf("manifest has id %q in directory %q", m.ID, id)
+		return lora.Manifest{}, fmt.Errorf("manifest has id %q in directory %q", m.ID, id)
 	}
 	for name := range m.Files {
 		if _, err := r.root.Stat(filepath.Join(id, name)); err != nil {
-			return Manifest{}, err
+			return lora.Manifest{}, err
 		}
 	}
 	return m, nil
@@ -181,7 +183,7 @@ func (r *Registry) add(e *entry) {
 	r.order = append(r.order, e)
 }
 
-func row(m Manifest) store.Adapter {
+func row(m lora.Manifest) store.Adapter {
 	return store.Adapter{ID: m.ID, Name: m.Name, JobID: m.JobID, BaseModel: m.BaseModel, BaseDigest: m.BaseDigest, CreatedAt: m.CreatedAt}
 }
 
@@ -189,7 +191,7 @@ func row(m Manifest) store.Adapter {
 // directory to its place (so dir must be in the same file system) and adds the row. Publishing an adapter that is
 // there already is no error: the one that is there stays, and dir is removed. On another error dir stays where it was.
 func (r *Registry) Publish(ctx context.Context, dir string) (Adapter, error) {
-	m, err := ReadManifest(dir)
+	m, err := lora.ReadManifest(dir)
 	if err != nil {
 		return Adapter{}, fmt.Errorf("publish: %w", err)
 	}
@@ -198,7 +200,7 @@ func (r *Registry) Publish(ctx context.Context, dir string) (Adapter, error) {
 			return Adapter{}, fmt.Errorf("publish adapter %q: %w", m.Name, err)
 		}
 	}
-	if err := syncDir(dir); err != nil {
+	if err := durable.SyncDir(dir); err != nil {
 		return Adapter{}, fmt.Errorf("publish adapter %q: %w", m.Name, err)
 	}
 
@@ -224,7 +226,7 @@ func (r *Registry) Publish(ctx context.Context, dir string) (Adapter, error) {
 	if err := os.Rename(dir, place); err != nil {
 		return Adapter{}, fmt.Errorf("publish adapter %q: %w", m.Name, err)
 	}
-	if err := errors.Join(syncDir(r.dir), syncDir(filepath.Dir(dir))); err != nil {
+	if err := errors.Join(durable.SyncDir(r.dir), durable.SyncDir(filepath.Dir(dir))); err != nil {
 		return Adapter{}, fmt.Errorf("publish adapter %q: %w", m.Name, err)
 	}
 	if err := r.store.PutAdapter(ctx, row(m)); err != nil {
@@ -337,13 +339,13 @@ func (r *Registry) Delete(ctx context.Context, name string) error {
 // remove removes the files and then the row of a hidden adapter. The manifest goes first: what is half-removed is no
 // adapter.
 func (r *Registry) remove(ctx context.Context, id string) error {
-	if err := r.root.Remove(filepath.Join(id, ManifestFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := r.root.Remove(filepath.Join(id, lora.ManifestFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if err := r.root.RemoveAll(id); err != nil {
 		return err
 	}
-	if err := syncDir(r.dir); err != nil {
+	if err := durable.SyncDir(r.dir); err != nil {
 		return err
 	}
 	return r.store.RemoveAdapter(ctx, id)
@@ -367,14 +369,6 @@ func syncAndCheck(path, want string) (err error) {
 		return fmt.Errorf("%s has sha256 %s, the manifest says %s", path, got, want)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // Name is the model name of an adapter: ft:<base>:local:<suffix>:<id>. Of the suffix, letters, digits, '.', '-' and '_' are

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -70,11 +71,11 @@ func writeAdapter(t *testing.T, dir, id string) string {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	m := adapters.Manifest{
+	m := lora.Manifest{
 		ID: id, Name: adapters.Name("base", "s", id), BaseModel: "base", BaseDigest: digest, JobID: "ftjob-1", CreatedAt: 1,
 		Rank: 16, Alpha: 32, TargetModules: []string{"q_proj"}, MaxLength: 128, Files: map[string]string{},
 	}
-	for _, name := range []string{adapters.GGUFFile, adapters.PEFTWeights, adapters.PEFTConfig} {
+	for _, name := range []string{lora.GGUFFile, lora.PEFTWeights, lora.PEFTConfig} {
 		content := []byte(name + " of " + id)
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
@@ -86,7 +87,7 @@ func writeAdapter(t *testing.T, dir, id string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, adapters.ManifestFile), data, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, lora.ManifestFile), data, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return dir
@@ -144,19 +145,19 @@ func TestPublish(t *testing.T) {
 func TestPublishRefusesDamage(t *testing.T) {
 	t.Parallel()
 	damage := map[string]func(dir string) error{
-		"no manifest":  func(dir string) error { return os.Remove(filepath.Join(dir, adapters.ManifestFile)) },
-		"truncated":    func(dir string) error { return os.Truncate(filepath.Join(dir, adapters.GGUFFile), 3) },
-		"file missing": func(dir string) error { return os.Remove(filepath.Join(dir, adapters.PEFTConfig)) },
-		"manifest cut": func(dir string) error { return os.Truncate(filepath.Join(dir, adapters.ManifestFile), 40) },
+		"no manifest":  func(dir string) error { return os.Remove(filepath.Join(dir, lora.ManifestFile)) },
+		"truncated":    func(dir string) error { return os.Truncate(filepath.Join(dir, lora.GGUFFile), 3) },
+		"file missing": func(dir string) error { return os.Remove(filepath.Join(dir, lora.PEFTConfig)) },
+		"manifest cut": func(dir string) error { return os.Truncate(filepath.Join(dir, lora.ManifestFile), 40) },
 		"manifest empty": func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, adapters.ManifestFile), []byte("{}"), 0o600)
+			return os.WriteFile(filepath.Join(dir, lora.ManifestFile), []byte("{}"), 0o600)
 		},
 		"id escapes": func(dir string) error {
-			data, err := os.ReadFile(filepath.Join(dir, adapters.ManifestFile))
+			data, err := os.ReadFile(filepath.Join(dir, lora.ManifestFile))
 			if err != nil {
 				return err
 			}
-			return os.WriteFile(filepath.Join(dir, adapters.ManifestFile), []byte(strings.Replace(string(data), `"id":"one"`, `"id":"../one"`, 1)), 0o600)
+			return os.WriteFile(filepath.Join(dir, lora.ManifestFile), []byte(strings.Replace(string(data), `"id":"one"`, `"id":"../one"`, 1)), 0o600)
 		},
 	}
 	for name, break_ := range damage {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -484,7 +485,7 @@ func (r *run) step(e child.TrainerEvent, now time.Time) {
 // succeed publishes the adapter in adapterDir, unless that is "" (it is published already), and writes the end of the job.
 func (j *Jobs) succeed(ctx context.Context, row store.Job, adapterDir string) error {
 	if adapterDir != "" {
-		manifest, err := adapters.ReadManifest(adapterDir)
+		manifest, err := lora.ReadManifest(adapterDir)
 		if err != nil {
 			return err
 		}

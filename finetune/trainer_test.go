@@ -26,6 +26,7 @@ import (
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -180,18 +181,18 @@ func writeAdapter(config child.TrainerConfig) error {
 		return err
 	}
 	weights := []byte("weights of " + config.AdapterID)
-	m := adapters.Manifest{
+	m := lora.Manifest{
 		ID: config.AdapterID, Name: config.AdapterName, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
-		Rank: 16, Alpha: 32, Files: map[string]string{adapters.GGUFFile: digestOf(weights)},
+		Rank: 16, Alpha: 32, Files: map[string]string{lora.GGUFFile: digestOf(weights)},
 	}
 	data, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(config.AdapterDir, adapters.GGUFFile), weights, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(config.AdapterDir, lora.GGUFFile), weights, 0o600); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(config.AdapterDir, adapters.ManifestFile), data, 0o600)
+	return os.WriteFile(filepath.Join(config.AdapterDir, lora.ManifestFile), data, 0o600)
 }
 
 // process is a trainer process of a test.

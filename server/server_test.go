@@ -26,6 +26,7 @@ import (
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -162,16 +163,16 @@ func (r *rig) tuned(t *testing.T, digest string) string {
 	}
 	weights := []byte("weights")
 	sum := sha256.Sum256(weights)
-	m := adapters.Manifest{
+	m := lora.Manifest{
 		ID: id, Name: adapters.Name("smol", "quiz", id), BaseModel: "smol", BaseDigest: digest, JobID: "ftjob-1", CreatedAt: 9, Rank: 16, Alpha: 32,
 		TargetModules: []string{"q_proj"}, QuestionTemplate: "{{.Question}}", Choices: []string{"A", "B"}, MaxLength: 64,
-		Files: map[string]string{adapters.GGUFFile: hex.EncodeToString(sum[:])},
+		Files: map[string]string{lora.GGUFFile: hex.EncodeToString(sum[:])},
 	}
 	manifest, err := json.Marshal(m)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, data := range map[string][]byte{adapters.GGUFFile: weights, adapters.ManifestFile: manifest} {
+	for name, data := range map[string][]byte{lora.GGUFFile: weights, lora.ManifestFile: manifest} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			t.Fatal(err)
 		}

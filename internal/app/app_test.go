@@ -21,9 +21,9 @@ import (
 
 	openai "github.com/sashabaranov/go-openai"
 
-	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/configs"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/models"
 	"github.com/hone-llm/hone/internal/store"
 )
@@ -117,13 +117,13 @@ func smallTrainer(in *bufio.Reader) int {
 	out.Encode(child.TrainerEvent{Type: child.EventStep, Step: 1, TotalSteps: 1, TrainLoss: 0.5, TrainedTokens: 8})
 	weights := []byte("weights")
 	sum := sha256.Sum256(weights)
-	manifest, _ := json.Marshal(adapters.Manifest{
+	manifest, _ := json.Marshal(lora.Manifest{
 		ID: config.AdapterID, Name: config.AdapterName, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
 		CreatedAt: 1, Rank: 16, Alpha: 32, TargetModules: []string{"q_proj"}, MaxLength: 8,
-		Files: map[string]string{adapters.GGUFFile: hex.EncodeToString(sum[:])},
+		Files: map[string]string{lora.GGUFFile: hex.EncodeToString(sum[:])},
 	})
-	if err := errors.Join(os.MkdirAll(config.AdapterDir, 0o700), os.WriteFile(filepath.Join(config.AdapterDir, adapters.GGUFFile), weights, 0o600),
-		os.WriteFile(filepath.Join(config.AdapterDir, adapters.ManifestFile), manifest, 0o600)); err != nil {
+	if err := errors.Join(os.MkdirAll(config.AdapterDir, 0o700), os.WriteFile(filepath.Join(config.AdapterDir, lora.GGUFFile), weights, 0o600),
+		os.WriteFile(filepath.Join(config.AdapterDir, lora.ManifestFile), manifest, 0o600)); err != nil {
 		out.Encode(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeInternal, Message: err.Error()}})
 		return 1
 	}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hone-llm/hone/internal/durable"
 )
 
 // CacheOptions say where models are kept and fetched from. Zero values mean what the comments say.
@@ -171,7 +173,7 @@ func publish(f *os.File, path string) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // lastLine is the last line of a program's output that says something.

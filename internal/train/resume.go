@@ -1,8 +1,6 @@
 package train
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/gguf"
 )
 
@@ -66,7 +65,7 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	var err error
-	if s.StateSHA256, err = fileDigest(path); err != nil {
+	if s.StateSHA256, err = durable.Digest(path); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	s.Version = stateVersion
@@ -74,10 +73,10 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 	if err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
-	if err := writeSynced(filepath.Join(temporary, manifestFile), data); err != nil {
+	if err := durable.WriteFile(filepath.Join(temporary, manifestFile), data); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
-	if err := syncDir(temporary); err != nil {
+	if err := durable.SyncDir(temporary); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	final := filepath.Join(dir, name)
@@ -87,7 +86,7 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 	if err := os.Rename(temporary, final); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
-	if err := syncDir(dir); err != nil {
+	if err := durable.SyncDir(dir); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	states, err := statesIn(dir)
@@ -158,7 +157,7 @@ func readState(path string) (*resumeState, map[string][]float32, error) {
 	if s.Version != stateVersion {
 		return nil, nil, fmt.Errorf("version %d is not %d", s.Version, stateVersion)
 	}
-	digest, err := fileDigest(filepath.Join(path, stateFile))
+	digest, err := durable.Digest(filepath.Join(path, stateFile))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -174,30 +173,4 @@ func readState(path string) (*resumeState, map[string][]float32, error) {
 		arrays[t.Name] = t.Data
 	}
 	return s, arrays, nil
-}
-
-func fileDigest(path string) (string, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	sum := sha256.Sum256(data)
-	return hex.EncodeToString(sum[:]), nil
-}
-
-func writeSynced(path string, data []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -23,13 +23,13 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/prompt"
 )
 
@@ -561,8 +561,8 @@ func (t *trainer) save() error {
 
 // export writes the finished adapter, its manifest last.
 func (t *trainer) export() error {
-	w := adapters.Weights{
-		Manifest: adapters.Manifest{
+	w := lora.Weights{
+		Manifest: lora.Manifest{
 			ID: t.config.AdapterID, Name: t.config.AdapterName, BaseModel: t.config.BaseModel, BaseDigest: t.config.BaseDigest,
 			JobID: t.config.JobID, CreatedAt: time.Now().Unix(), Rank: t.plan.R, Alpha: t.plan.LoraAlpha, TargetModules: t.plan.TargetModules,
 			ChatTemplateDigest: t.template, QuestionTemplate: or(t.config.Options.QuestionTemplate, ""),
@@ -573,9 +573,9 @@ func (t *trainer) export() error {
 	}
 	for _, p := range t.lora.Parts {
 		a, b := t.lora.Matrices(t.lora.Parameters, p)
-		w.Modules = append(w.Modules, adapters.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
+		w.Modules = append(w.Modules, lora.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
 	}
-	return adapters.Export(t.config.AdapterDir, w)
+	return lora.Export(t.config.AdapterDir, w)
 }
 
 // ---- progress ----------------------------------------------------------------------------------------------------

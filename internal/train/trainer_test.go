@@ -17,13 +17,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/lora"
 )
 
 // tinyJob is a job of 10 rows on the tiny model: 3 epochs of 3 steps.
@@ -138,7 +138,7 @@ func TestResumeIsBitForBit(t *testing.T) {
 	if diff := cmp.Diff(eventsOf(alone, child.EventStep), steps); diff != "" {
 		t.Errorf("steps (-alone +resumed):\n%s", diff)
 	}
-	for _, name := range []string{adapters.GGUFFile, adapters.PEFTWeights} {
+	for _, name := range []string{lora.GGUFFile, lora.PEFTWeights} {
 		if digest(t, whole.AdapterDir, name) != digest(t, cut.AdapterDir, name) {
 			t.Errorf("%s differs from that of the job that was left alone", name)
 		}
@@ -253,13 +253,13 @@ func TestServedLogits(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer model.Close()
-	lora, err := model.NewLoRA(graph.LoRAOptions{Rank: 4, Alpha: 8, Modules: graph.AllLinear})
+	tuning, err := model.NewLoRA(graph.LoRAOptions{Rank: 4, Alpha: 8, Modules: graph.AllLinear})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer lora.Close()
+	defer tuning.Close()
 	_, arrays, skipped := findState([]string{config.Dir}, config.JobID, config.BaseDigest)
-	if len(skipped) > 0 || copy(lora.Parameters, arrays["parameters"]) != len(lora.Parameters) {
+	if len(skipped) > 0 || copy(tuning.Parameters, arrays["parameters"]) != len(tuning.Parameters) {
 		t.Fatalf("no resume state: %v", skipped)
 	}
 	b := graph.Batch{Tokens: tokens, Rows: []int{0, len(tokens)}, Targets: []graph.Target{{Position: len(tokens) - 1, Weight: 1}}}
@@ -269,14 +269,14 @@ func TestServedLogits(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer served.Close()
-	adapter, err := llama.LoadAdapter(served, filepath.Join(config.AdapterDir, adapters.GGUFFile))
+	adapter, err := llama.LoadAdapter(served, filepath.Join(config.AdapterDir, lora.GGUFFile))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer adapter.Free()
 	base := maxDifference(t, servedLogits(t, served, nil, tokens), trainerLogits(t, model, b, nil))
-	tuned := maxDifference(t, servedLogits(t, served, adapter, tokens), trainerLogits(t, model, b, lora))
-	moved := maxDifference(t, trainerLogits(t, model, b, lora), trainerLogits(t, model, b, nil))
+	tuned := maxDifference(t, servedLogits(t, served, adapter, tokens), trainerLogits(t, model, b, tuning))
+	moved := maxDifference(t, trainerLogits(t, model, b, tuning), trainerLogits(t, model, b, nil))
 	t.Logf("largest difference of a logit: base %.4f, tuned %.4f; the adapter moves logits by up to %.2f", base, tuned, moved)
 	if tuned > 2*base+0.05 || moved < 1 {
 		t.Errorf("served and trained logits differ by %g with the adapter, by %g without; the adapter moves them by %g", tuned, base, moved)

@@ -1,4 +1,9 @@
-package adapters
+// Package lora holds the files of a LoRA adapter: the manifest, the GGUF file that llama.cpp serves and the copy in
+// PEFT's format. The trainer writes them, the registry of package adapters reads them.
+//
+//	err := lora.Export(dir, lora.Weights{...}) // the manifest comes last
+//	manifest, err := lora.ReadManifest(dir)
+package lora
 
 import (
 	"encoding/json"

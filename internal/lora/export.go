@@ -1,17 +1,15 @@
-package adapters
+package lora
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"io"
 	"math"
 	"os"
 	"path/filepath"
 	"slices"
 
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/gguf"
 )
 
@@ -99,7 +97,7 @@ func Export(dir string, w Weights) (err error) {
 	}
 	m.Files = map[string]string{}
 	for _, name := range []string{GGUFFile, PEFTWeights, PEFTConfig} {
-		if m.Files[name], err = fileDigest(filepath.Join(temp, name)); err != nil {
+		if m.Files[name], err = durable.Digest(filepath.Join(temp, name)); err != nil {
 			return fmt.Errorf("export adapter: %w", err)
 		}
 	}
@@ -110,7 +108,7 @@ func Export(dir string, w Weights) (err error) {
 		return fmt.Errorf("export adapter: %w", err)
 	}
 
-	if err := syncDir(temp); err != nil {
+	if err := durable.SyncDir(temp); err != nil {
 		return fmt.Errorf("export adapter: %w", err)
 	}
 	if err := os.RemoveAll(dir); err != nil {
@@ -119,7 +117,7 @@ func Export(dir string, w Weights) (err error) {
 	if err := os.Rename(temp, dir); err != nil {
 		return fmt.Errorf("export adapter: %w", err)
 	}
-	if err := syncDir(parent); err != nil {
+	if err := durable.SyncDir(parent); err != nil {
 		return fmt.Errorf("export adapter: %w", err)
 	}
 	return nil
@@ -318,18 +316,4 @@ func writeJSON(path string, v any) error {
 		err = closeErr
 	}
 	return err
-}
-
-// fileDigest is the sha256 of a file, hex.
-func fileDigest(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }

@@ -1,6 +1,6 @@
 """Writes testdata/peft: an adapter as PEFT saves it, and the same weights with B's rows in the order of a llama GGUF.
 
-    python adapters/testdata/make_peft.py     (torch, transformers, peft 0.21)
+    python internal/lora/testdata/make_peft.py     (torch, transformers, peft 0.21)
 """
 
 import json
