@@ -67,6 +67,11 @@ func newRootCommand(s streams) *cobra.Command {
 		newModelsCommand(s),
 		newPullCommand(s),
 		newServeCommand(s),
+		newChatCommand(s),
+		newDatasetCommand(s),
+		newDemoCommand(s),
+		newFineTuneCommand(s),
+		newPredictCommand(s),
 	)
 	return root
 }

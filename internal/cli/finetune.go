@@ -1,0 +1,414 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/jedib0t/go-pretty/v6/text"
+	"github.com/spf13/cobra"
+
+	"github.com/hone-llm/hone/client"
+)
+
+func newFineTuneCommand(s streams) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "finetune",
+		Short: "Create, follow and cancel fine-tuning jobs of a running server",
+		Args:  wrongUsage(cobra.NoArgs),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newFineTuneCreateCommand(s), newFineTuneListCommand(s), newFineTuneWatchCommand(s), newFineTuneCancelCommand(s))
+	for _, sub := range cmd.Commands() {
+		addServerFlags(sub)
+	}
+	return cmd
+}
+
+// jobOptions is what `hone finetune create` is told.
+type jobOptions struct {
+	model, training, validation, suffix, template string
+	epochs, batch, multiplier                     string // "auto", a number, or "" to leave it out
+	seed                                          int64
+	seedSet                                       bool
+	hone                                          []string // KEY=VALUE
+}
+
+func newFineTuneCreateCommand(s streams) *cobra.Command {
+	var opts jobOptions
+	var watch bool
+	cmd := &cobra.Command{
+		Use:   "create FILE --model MODEL",
+		Short: "Upload a training file and start a job",
+		Long: "FILE is JSON Lines of chats, or the id of an uploaded file (file-...). What is not said is \"auto\". --hone sets the options\n" +
+			"that OpenAI's API lacks, under PEFT's and Hugging Face Trainer's names.",
+		Example: "  hone finetune create data/train.jsonl --validation-file data/valid.jsonl --model SmolLM2-135M-Instruct --suffix quiz --watch\n" +
+			"  hone finetune create data/train.jsonl --model llama-8b --hone r=8 --hone target_modules=q_proj,v_proj --hone learning_rate=2e-4",
+		Args: wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			opts.training, opts.seedSet = args[0], cmd.Flags().Changed("seed")
+			request, err := jobRequest(cmd.Context(), s, c, opts)
+			if err != nil {
+				return err
+			}
+			job, err := c.CreateJob(cmd.Context(), request)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(s.out, job.ID)
+			if !watch {
+				return nil
+			}
+			return follow(cmd.Context(), s, c, job.ID)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&opts.model, "model", "", "the base model")
+	f.StringVar(&opts.validation, "validation-file", "", "file of rows to measure on and not to train on")
+	f.StringVar(&opts.suffix, "suffix", "", "part of the tuned model's name")
+	f.StringVar(&opts.epochs, "n-epochs", "", "times that each row is trained on, or auto")
+	f.StringVar(&opts.batch, "batch-size", "", "rows of one optimizer step, or auto")
+	f.StringVar(&opts.multiplier, "learning-rate-multiplier", "", "factor on the automatic learning rate, or auto")
+	f.Int64Var(&opts.seed, "seed", 0, "seed of the job (default: the server chooses one)")
+	f.StringVar(&opts.template, "template", "", "file with the wording of the questions, for hone predict (default: as hone dataset recorded it)")
+	f.StringArrayVar(&opts.hone, "hone", nil, "KEY=VALUE, an option of LoRA or of the trainer; may be given several times")
+	f.BoolVar(&watch, "watch", false, "follow the job until it ends")
+	_ = cmd.MarkFlagRequired("model") // an error means that there is no such flag
+	return cmd
+}
+
+// jobRequest uploads the files and puts the request of the job together.
+func jobRequest(ctx context.Context, s streams, c *client.Client, opts jobOptions) (client.FineTuningJobRequest, error) {
+	request := client.FineTuningJobRequest{Model: opts.model}
+	options, err := honeOptions(opts.hone)
+	if err != nil {
+		return request, err
+	}
+	parameters, err := hyperparameters(opts)
+	if err != nil {
+		return request, err
+	}
+	if parameters != nil {
+		request.Method = &client.FineTuningMethod{Type: "supervised", Supervised: &client.SupervisedMethod{Hyperparameters: parameters}}
+	}
+	template, err := readTemplate(opts.template)
+	if err != nil {
+		return request, err
+	}
+	if opts.suffix != "" {
+		request.Suffix = &opts.suffix
+	}
+	if opts.seedSet {
+		request.Seed = &opts.seed
+	}
+	var recorded string
+	if request.TrainingFile, recorded, err = upload(ctx, s, c, opts.training); err != nil {
+		return request, err
+	}
+	if opts.validation != "" {
+		id, _, err := upload(ctx, s, c, opts.validation)
+		if err != nil {
+			return request, err
+		}
+		request.ValidationFile = &id
+	}
+	if template == "" {
+		template = recorded
+	}
+	if _, ok := options["question_template"]; !ok && template != "" {
+		options["question_template"] = template
+	}
+	if len(options) > 0 {
+		request.Hone, err = json.Marshal(options)
+	}
+	return request, err
+}
+
+// upload sends a file and returns its id and the question template that was recorded beside it. An id goes through.
+func upload(ctx context.Context, s streams, c *client.Client, path string) (id, template string, err error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(path, "file-") {
+		return path, "", nil
+	}
+	if err != nil {
+		return "", "", err
+	}
+	if template, err = readRecipe(path, data); err != nil {
+		return "", "", err
+	}
+	file, err := c.UploadFile(ctx, filepath.Base(path), data)
+	if err != nil {
+		return "", "", fmt.Errorf("upload %s: %w", path, err)
+	}
+	fmt.Fprintf(s.err, "uploaded %s as %s\n", path, file.ID)
+	return file.ID, template, nil
+}
+
+// honeOptions reads KEY=VALUE: a JSON value as it is, words separated by commas as a list where the key takes one, and
+// anything else as a string.
+func honeOptions(pairs []string) (map[string]any, error) {
+	options := map[string]any{}
+	for _, pair := range pairs {
+		key, value, ok := strings.Cut(pair, "=")
+		if key = strings.TrimSpace(key); !ok || key == "" {
+			return nil, usageError{fmt.Errorf("--hone %q: expected KEY=VALUE", pair)}
+		}
+		var parsed any
+		switch {
+		case json.Unmarshal([]byte(value), &parsed) == nil:
+			options[key] = json.RawMessage(value)
+		case key == "target_modules" && value != "all-linear":
+			options[key] = strings.Split(value, ",")
+		default:
+			options[key] = value
+		}
+	}
+	return options, nil
+}
+
+func hyperparameters(opts jobOptions) (*client.Hyperparameters, error) {
+	h := &client.Hyperparameters{}
+	var errs []error
+	parse := func(flag, value string, into any) {
+		if value == "" {
+			return
+		}
+		if value == "auto" {
+			value = `"auto"`
+		}
+		if err := json.Unmarshal([]byte(value), into); err != nil {
+			errs = append(errs, fmt.Errorf("--%s is %s, expected a number or auto", flag, value))
+		}
+	}
+	parse("n-epochs", opts.epochs, &h.NEpochs)
+	parse("batch-size", opts.batch, &h.BatchSize)
+	parse("learning-rate-multiplier", opts.multiplier, &h.LearningRateMultiplier)
+	if len(errs) > 0 {
+		return nil, usageError{errors.Join(errs...)}
+	}
+	if *h == (client.Hyperparameters{}) {
+		return nil, nil
+	}
+	return h, nil
+}
+
+func newFineTuneListCommand(s streams) *cobra.Command {
+	var limit int
+	cmd := &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   "List the jobs, newest first",
+		Args:    wrongUsage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			jobs, more, err := c.Jobs(cmd.Context(), "", limit)
+			if err != nil {
+				return err
+			}
+			if len(jobs) == 0 {
+				_, err := fmt.Fprintln(s.out, "there are no jobs yet: start one with `hone finetune create`")
+				return err
+			}
+			fmt.Fprintln(s.out, jobTable(jobs))
+			if more {
+				fmt.Fprintf(s.out, "there are more; --limit %d shows them\n", 2*limit)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().IntVar(&limit, "limit", 20, "how many to show")
+	return cmd
+}
+
+func jobTable(jobs []client.FineTuningJob) string {
+	t := table.NewWriter()
+	style := table.StyleDefault
+	style.Options = table.OptionsNoBordersAndSeparators
+	style.Format.Header = text.FormatUpper
+	t.SetStyle(style)
+	t.AppendHeader(table.Row{"job", "status", "base model", "tuned model", "created"})
+	for _, j := range jobs {
+		tuned := ""
+		switch {
+		case j.FineTunedModel != nil:
+			tuned = *j.FineTunedModel
+		case j.Error != nil:
+			tuned = text.Trim(j.Error.Message, 60)
+		case j.Status == "running" && j.Hone != nil && j.Hone.Progress != nil:
+			tuned = fmt.Sprintf("step %d of %d", j.Hone.Progress.Step, j.Hone.Progress.TotalSteps)
+		}
+		t.AppendRow(table.Row{j.ID, j.Status, j.Model, tuned, time.Unix(j.CreatedAt, 0).Format("2006-01-02 15:04")})
+	}
+	return t.Render()
+}
+
+func newFineTuneWatchCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:   "watch JOB",
+		Short: "Follow a job until it ends",
+		Args:  wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			return follow(cmd.Context(), s, c, args[0])
+		},
+	}
+}
+
+func newFineTuneCancelCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:   "cancel JOB",
+		Short: "End a job",
+		Args:  wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			job, err := c.CancelJob(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(s.out, job.ID, job.Status)
+			return err
+		},
+	}
+}
+
+// follow shows a job until it ends and prints the tuned model's name. A job that did not succeed is an error.
+func follow(ctx context.Context, s streams, c *client.Client, id string) error {
+	job, err := watchJob(ctx, s, c, id)
+	if err != nil {
+		if ctx.Err() != nil {
+			fmt.Fprintf(s.err, "the job goes on: hone finetune watch %s follows it, hone finetune cancel %s ends it\n", id, id)
+		}
+		return err
+	}
+	_, err = fmt.Fprintln(s.out, *job.FineTunedModel)
+	return err
+}
+
+// watchJob shows a job until it ends: its events as lines, its steps as a bar. It returns a job that succeeded.
+func watchJob(ctx context.Context, s streams, c *client.Client, id string) (client.FineTuningJob, error) {
+	w := &jobWatch{ctx: ctx, client: c, streams: s, id: id}
+	job, err := c.WatchJob(ctx, id, 500*time.Millisecond, w.update)
+	if w.bar != nil {
+		w.bar.end(err == nil && job.Status == "succeeded")
+	}
+	switch {
+	case err != nil:
+		return job, err
+	case job.Status == "succeeded" && job.FineTunedModel != nil:
+		return job, nil
+	case job.Error != nil && job.Error.Message != "":
+		return job, fmt.Errorf("job %s %s: %s", id, job.Status, job.Error.Message)
+	}
+	return job, fmt.Errorf("job %s: %s", id, job.Status)
+}
+
+// jobWatch is what watchJob knows of a job between two looks.
+type jobWatch struct {
+	ctx     context.Context // of the watch: update is called from within it
+	client  *client.Client
+	streams streams
+	id      string
+	bar     *meter
+	event   string // id of the newest event that was shown
+	looked  time.Time
+}
+
+// stepUnits are the parts that a step is counted in, so that the bar moves inside a step too.
+const stepUnits = 1000
+
+func (w *jobWatch) update(job client.FineTuningJob) {
+	w.showEvents()
+	if job.Hone == nil || job.Hone.Progress == nil || job.Hone.Progress.TotalSteps == 0 || job.Status != "running" {
+		return
+	}
+	p := *job.Hone.Progress
+	done := int64(p.Step)*stepUnits + int64(p.Fraction*stepUnits)
+	if w.bar == nil {
+		w.bar = newMeter(w.streams.err, "training", int64(p.TotalSteps)*stepUnits, done)
+	}
+	w.looked = time.Now()
+	looked := w.looked
+	w.bar.eta(func() time.Duration {
+		return max(0, time.Duration(p.SecondsLeft*float64(time.Second))-time.Since(looked))
+	})
+	w.bar.set(done, jobNote(p))
+}
+
+func jobNote(p client.FineTuningProgress) string {
+	note := fmt.Sprintf("step %d/%d", p.Step, p.TotalSteps)
+	if p.TrainLoss != nil {
+		note += fmt.Sprintf("  loss %.3f", *p.TrainLoss)
+	}
+	if p.ValidLoss != nil {
+		note += fmt.Sprintf("  valid loss %.3f", *p.ValidLoss)
+	}
+	if p.ValidAccuracy != nil {
+		note += fmt.Sprintf(" acc %.1f%%", 100**p.ValidAccuracy)
+	}
+	if p.TokensPerSecond > 0 {
+		note += fmt.Sprintf("  %.0f tokens/s", p.TokensPerSecond)
+	}
+	return note
+}
+
+// showEvents prints what the job's log has gained, without the lines of single steps, which the bar shows.
+func (w *jobWatch) showEvents() {
+	var fresh []client.FineTuningJobEvent
+	for after := ""; ; {
+		page, more, err := w.client.Events(w.ctx, w.id, after, 50)
+		if err != nil {
+			return // the next look gets them
+		}
+		for _, e := range page {
+			if e.ID == w.event {
+				more = false
+				break
+			}
+			fresh = append(fresh, e)
+			after = e.ID
+		}
+		if !more || len(page) == 0 {
+			break
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	w.event = fresh[0].ID
+	slices.Reverse(fresh)
+	for _, e := range fresh {
+		if e.Type == "metrics" && !strings.Contains(string(e.Data), `"full_valid_loss"`) {
+			continue
+		}
+		line := e.Message
+		if e.Level != "info" {
+			line = e.Level + ": " + line
+		}
+		if w.bar != nil {
+			w.bar.println(line)
+		} else {
+			fmt.Fprintln(w.streams.err, line)
+		}
+	}
+}
