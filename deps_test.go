@@ -17,7 +17,7 @@ const module = "github.com/hone-llm/hone"
 // serveHalf is what `hone serve` runs: it must neither crash with the engine nor need a C compiler.
 var serveHalf = []string{
 	"server", "client", "finetune", "adapters", "configs",
-	"internal/store", "internal/wire", "internal/child", "internal/models", "internal/gguf",
+	"internal/store", "internal/wire", "internal/child", "internal/models", "internal/gguf", "internal/lora", "internal/durable",
 }
 
 // forbidden says which packages of this module a package must not reach, also through others.
@@ -62,8 +62,7 @@ var forbidden = []struct {
 		reason: "a child knows its own work and the protocol, nothing of the server's state",
 	},
 	{
-		// Not train: it exports what adapters.Registry serves, in that package's words.
-		from:   []string{"internal/runner", "internal/prompt", "internal/dataset", "internal/graph", "internal/ggml", "internal/llama"},
+		from:   []string{"internal/runner", "internal/train", "internal/prompt", "internal/dataset", "internal/graph", "internal/ggml", "internal/llama"},
 		to:     []string{"adapters", "internal/store"},
 		reason: "a child is told files and identifiers; what they mean to the server is not its business",
 	},
