@@ -67,6 +67,8 @@ func newRootCommand(s streams) *cobra.Command {
 		newModelsCommand(s),
 		newPullCommand(s),
 		newServeCommand(s),
+		newRunnerCommand(s),
+		newTrainerCommand(s),
 		newChatCommand(s),
 		newDatasetCommand(s),
 		newDemoCommand(s),

@@ -1,0 +1,22 @@
+package cli
+
+import (
+	"log/slog"
+
+	"github.com/hone-llm/hone/internal/runner"
+	"github.com/spf13/cobra"
+)
+
+// newRunnerCommand is the role that serve starts as a child, once for each loaded base model: see package child.
+func newRunnerCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:    "runner",
+		Short:  "Serve one base model to the server that started it",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger := slog.New(slog.NewTextHandler(s.err, nil))
+			return runner.Run(cmd.Context(), s.in, s.out, logger)
+		},
+	}
+}
