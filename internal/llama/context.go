@@ -145,8 +145,17 @@ func (c *Context) Tokens() int { return c.tokens }
 // BatchTokens is the most tokens that one Decode takes.
 func (c *Context) BatchTokens() int { return c.batch }
 
-// Abort makes the running Decode, or else the next one, return ErrAborted soon: between two operations of the graph.
-// Any goroutine may call it. It works on the CPU only.
+// ResetAbort forgets an Abort that came too late for the Decode it was meant for.
+func (c *Context) ResetAbort() {
+	c.abortLock.Lock()
+	defer c.abortLock.Unlock()
+	if c.abort != nil {
+		C.hone_abort_set(c.abort, 0)
+	}
+}
+
+// Abort makes the running Decode return ErrAborted soon, between two operations of the graph, and every later one
+// until ResetAbort. Any goroutine may call it. It works on the CPU only.
 func (c *Context) Abort() {
 	c.abortLock.Lock()
 	defer c.abortLock.Unlock()
@@ -189,7 +198,6 @@ func (c *Context) Decode(b *Batch) error {
 	case code == 1:
 		return ErrNoRoom
 	case code == 2:
-		C.hone_abort_set(c.abort, 0)
 		return ErrAborted
 	}
 	return &engine.Error{Op: "llama_decode", Code: int(code)}

@@ -21,6 +21,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"unsafe"
@@ -49,7 +50,7 @@ var library struct {
 	errors  []string        // messages at error level since failure began, for the errors of LoadModel and the like
 }
 
-// Open initializes the library once in the process and sends its log to the logger; a later call replaces the logger.
+// Open initializes the library once in the process, before the first context is made, and sends its log to the logger; a later call replaces the logger.
 func Open(o Options) {
 	library.Lock()
 	first := !library.opened
@@ -57,6 +58,9 @@ func Open(o Options) {
 	library.logger = o.Logger
 	library.Unlock()
 	if first {
+		// The library runs the last graph again when the next batch has the same shape, and does not notice that an
+		// adapter was set or removed between the two. Building every graph costs less than 2% of a decode.
+		_ = os.Setenv("LLAMA_GRAPH_REUSE_DISABLE", "1") // fails for malformed names only
 		C.hone_log_hook()
 		C.llama_backend_init()
 	}

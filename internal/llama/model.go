@@ -165,6 +165,12 @@ func (m *Model) TrainingContext() int {
 	return n
 }
 
+// Recurrent tells whether the model keeps a state instead of, or beside, a key-value cache: then a sequence can be
+// neither cut nor copied in part (llama_model_is_recurrent, llama_model_is_hybrid).
+func (m *Model) Recurrent() bool {
+	return m.c != nil && (bool(C.llama_model_is_recurrent(m.c)) || bool(C.llama_model_is_hybrid(m.c)))
+}
+
 // WeightBytes is the size of all weights as stored (llama_model_size).
 func (m *Model) WeightBytes() int64 {
 	if m.c == nil {

@@ -1,0 +1,629 @@
+package runner
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/wire"
+	"go.uber.org/goleak"
+)
+
+// runAsChild in the environment makes the test binary a runner: see TestChildProcess.
+const runAsChild = "HONE_TEST_RUNNER"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runAsChild) != "" {
+		os.Exit(childMain())
+	}
+	code := m.Run()
+	if shared.runner != nil {
+		shared.runner.Close()
+	}
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// modelDir makes a model directory of the default model, which `make model` fetches.
+func modelDir(t testing.TB) string {
+	t.Helper()
+	path := os.Getenv("HONE_TEST_MODEL")
+	if path == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("the default model is missing, run `make model`: %v", err)
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(path, filepath.Join(dir, "base.gguf")); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// shared is one runner for the tests that only ask it questions. One thread, as the tests of other packages run beside.
+var shared struct {
+	once   sync.Once
+	runner *Runner
+	err    error
+}
+
+func sharedRunner(t *testing.T) *Runner {
+	t.Helper()
+	shared.once.Do(func() {
+		shared.runner, shared.err = New(Options{ModelDir: modelDir(t), ContextTokens: 1024, Sequences: 8, Threads: 1})
+	})
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	return shared.runner
+}
+
+// answer is a whole completion.
+type answer struct {
+	Text     string
+	LogProbs []child.TokenLogProb
+	Finish   string
+	Usage    child.Usage
+	Events   int
+}
+
+func generate(ctx context.Context, r *Runner, req child.GenerateRequest) (answer, error) {
+	var a answer
+	if req.TopP == 0 {
+		req.TopP = 1
+	}
+	err := r.Generate(ctx, req, func(e child.GenerateEvent) error {
+		a.Text += e.Text
+		a.LogProbs = append(a.LogProbs, e.LogProbs...)
+		a.Events++
+		if e.FinishReason != "" {
+			a.Finish, a.Usage = e.FinishReason, *e.Usage
+		}
+		return nil
+	})
+	return a, err
+}
+
+func ask(t *testing.T, r *Runner, req child.GenerateRequest) answer {
+	t.Helper()
+	a, err := generate(t.Context(), r, req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func chat(text string) []wire.Message {
+	return []wire.Message{{Role: "user", Content: text}}
+}
+
+const question = "What is the capital of France?"
+
+// series have one likely continuation each, far above the others. Two computations of the same logits differ by up to
+// 0.5 here: how a sequence's cells lie in the cache changes the order of sums, and rounding activations to 8 bits
+// amplifies that. Where the model hesitates between two tokens, answers can therefore differ from run to run.
+var series = []string{
+	"Monday, Tuesday, Wednesday, Thursday, Friday,",
+	"1, 2, 3, 4, 5, 6, 7,",
+	"A B C D E F G",
+	"January, February, March, April, May,",
+	"red red red red red red red red",
+	"10 20 30 40 50 60",
+}
+
+func continuation(text string) child.GenerateRequest {
+	return child.GenerateRequest{Prompt: &text, MaxTokens: 6}
+}
+
+func TestConcurrentEqualsAlone(t *testing.T) {
+	r := sharedRunner(t)
+	want := make([]answer, len(series))
+	for i, text := range series {
+		want[i] = ask(t, r, continuation(text))
+		if want[i].Text == "" || want[i].Events < 3 {
+			t.Fatalf("%q: answer %+v is not a stream of text", text, want[i])
+		}
+	}
+	if !strings.Contains(want[0].Text, "Saturday") {
+		t.Errorf("%q continues with %q", series[0], want[0].Text)
+	}
+	for range 3 {
+		got := make([]answer, len(series))
+		errs := make([]error, len(series))
+		var wg sync.WaitGroup
+		for i, text := range series {
+			wg.Go(func() { got[i], errs[i] = generate(t.Context(), r, continuation(text)) })
+		}
+		wg.Wait()
+		for i := range series {
+			if errs[i] != nil {
+				t.Fatal(errs[i])
+			}
+			if got[i].Text != want[i].Text || got[i].Finish != want[i].Finish {
+				t.Errorf("%q: together %q (%s), alone %q (%s)", series[i], got[i].Text, got[i].Finish, want[i].Text, want[i].Finish)
+			}
+			if got[i].Usage.CachedTokens != got[i].Usage.PromptTokens-1 {
+				t.Errorf("%q: asked again, the prompt was not in the cache: %+v", series[i], got[i].Usage)
+			}
+		}
+	}
+}
+
+// Prompts that share their beginning compute it once, also when they come at the same time.
+func TestSharedPrefix(t *testing.T) {
+	r := sharedRunner(t)
+	shared := strings.Repeat("This instruction is the same for everybody. ", 12)
+	before, err := r.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			text := shared + fmt.Sprint("Number ", i, " asks:")
+			if a, err := generate(t.Context(), r, child.GenerateRequest{Prompt: &text, MaxTokens: 1}); err != nil || a.Usage.CompletionTokens != 1 {
+				t.Errorf("%+v, %v", a, err)
+			}
+		})
+	}
+	wg.Wait()
+	after, err := r.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	prompts, reused := after.PromptTokens-before.PromptTokens, after.ReusedTokens-before.ReusedTokens
+	// Seven of the eight find all but the last five tokens or so.
+	if float64(reused) < 0.8*float64(prompts) {
+		t.Errorf("of %d prompt tokens %d were reused, want at least 80%%", prompts, reused)
+	}
+}
+
+func TestStopStrings(t *testing.T) {
+	r := sharedRunner(t)
+	req := continuation(series[0])
+	whole := ask(t, r, req)
+	if len(whole.Text) < 12 {
+		t.Fatalf("the answer %q is too short for this test", whole.Text)
+	}
+	// Pieces of the answer, which begin and end inside of tokens and go across them.
+	for _, stop := range []string{whole.Text[:1], whole.Text[1:3], whole.Text[3:9], whole.Text[5:12], whole.Text[len(whole.Text)-2:]} {
+		want, _, _ := strings.Cut(whole.Text, stop)
+		req.Stop, req.LogProbs = []string{"never said", stop}, true
+		got := ask(t, r, req)
+		if got.Text != want || got.Finish != "stop" {
+			t.Errorf("stop at %q: got %q (%s), want %q (stop)", stop, got.Text, got.Finish, want)
+		}
+		var pieces strings.Builder
+		for _, p := range got.LogProbs {
+			pieces.WriteString(p.Token)
+		}
+		if !strings.HasPrefix(pieces.String(), want) {
+			t.Errorf("stop at %q: the tokens %q do not cover the text %q", stop, pieces.String(), want)
+		}
+	}
+}
+
+func TestMaxTokensAndUsage(t *testing.T) {
+	r := sharedRunner(t)
+	a := ask(t, r, child.GenerateRequest{Messages: chat("Count from one to fifty."), MaxTokens: 5})
+	if a.Finish != "length" || a.Usage.CompletionTokens != 5 || a.Usage.PromptTokens < 10 {
+		t.Errorf("got %+v, want 5 tokens and finish reason length", a)
+	}
+	text := "The quick brown fox"
+	a = ask(t, r, child.GenerateRequest{Prompt: &text, MaxTokens: 4})
+	if a.Text == "" || a.Usage.PromptTokens != 4 {
+		t.Errorf("plain completion: %+v", a)
+	}
+	empty := ""
+	if a = ask(t, r, child.GenerateRequest{Prompt: &empty, MaxTokens: 2}); a.Usage.PromptTokens != 1 {
+		t.Errorf("plain completion of nothing: %+v", a)
+	}
+}
+
+func TestSeed(t *testing.T) {
+	r := sharedRunner(t)
+	req := child.GenerateRequest{Messages: chat("Write one sentence about the sea."), MaxTokens: 16, Temperature: 1.2, TopP: 0.95, Seed: new(int64)}
+	first := ask(t, r, req)
+	if again := ask(t, r, req); again.Text != first.Text {
+		t.Errorf("the same seed gave %q and %q", first.Text, again.Text)
+	}
+	other := int64(7)
+	req.Seed = &other
+	if again := ask(t, r, req); again.Text == first.Text {
+		t.Errorf("two seeds gave the same text %q", first.Text)
+	}
+}
+
+func TestLogProbs(t *testing.T) {
+	r := sharedRunner(t)
+	a := ask(t, r, child.GenerateRequest{Messages: chat(question), MaxTokens: 6, LogProbs: true, TopLogProbs: 20})
+	var text strings.Builder
+	for i, p := range a.LogProbs {
+		text.WriteString(p.Token)
+		if len(p.Top) != 20 {
+			t.Fatalf("token %d has %d alternatives, want 20", i, len(p.Top))
+		}
+		if p.Top[0].Token != p.Token || p.Top[0].LogProb != p.LogProb || p.LogProb > 0 {
+			t.Errorf("token %d: greedy took %q (%v), the most likely is %q (%v)", i, p.Token, p.LogProb, p.Top[0].Token, p.Top[0].LogProb)
+		}
+		if !slices.IsSortedFunc(p.Top, func(a, b child.TokenLogProb) int { return -cmpFloat(a.LogProb, b.LogProb) }) {
+			t.Errorf("token %d: alternatives are not in descending order", i)
+		}
+		sum := 0.0
+		for _, top := range p.Top {
+			sum += math.Exp(top.LogProb)
+		}
+		if sum > 1+1e-6 {
+			t.Errorf("token %d: the probabilities sum to %v", i, sum)
+		}
+	}
+	if text.String() != a.Text {
+		t.Errorf("the tokens spell %q, the text is %q", text.String(), a.Text)
+	}
+	// Temperature changes what is drawn, not what is reported.
+	hot := ask(t, r, child.GenerateRequest{Messages: chat(question), MaxTokens: 1, LogProbs: true, TopLogProbs: 1, Temperature: 1.5, Seed: new(int64)})
+	if got, want := hot.LogProbs[0].Top[0].LogProb, a.LogProbs[0].Top[0].LogProb; math.Abs(got-want) > 1e-2 {
+		t.Errorf("log-probability %v at temperature 1.5, %v at 0", got, want)
+	}
+}
+
+func cmpFloat(a, b float64) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+func TestChoices(t *testing.T) {
+	r := sharedRunner(t)
+	for _, choices := range [][]string{
+		{"A", "B", "C", "D"},
+		{"yes", "no"},
+		{"Paris", "Paris is lovely", "London"},
+		{"北京", "上海", "\"quoted\"\n"},
+	} {
+		for _, temperature := range []float64{0, 2} {
+			a := ask(t, r, child.GenerateRequest{
+				Messages: chat("Question: Which city is the capital of France?\nA. London\nB. Rome\nC. Paris\nD. Berlin\nAnswer:"),
+				Choices:  choices, LogProbs: true, TopLogProbs: 20, Temperature: temperature, Seed: new(int64),
+			})
+			if !slices.Contains(choices, a.Text) || a.Finish != "stop" {
+				t.Errorf("got %q (%s), want one of %q", a.Text, a.Finish, choices)
+			}
+			for i, p := range a.LogProbs {
+				sum := 0.0
+				for _, top := range p.Top {
+					sum += math.Exp(top.LogProb)
+				}
+				if math.Abs(sum-1) > 1e-6 {
+					t.Errorf("%q: probabilities of token %d sum to %v, want 1: %+v", choices, i, sum, p.Top)
+				}
+			}
+		}
+	}
+	a := ask(t, r, child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 20})
+	if len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 4 || a.Usage.CompletionTokens != 1 {
+		t.Errorf("one of four letters took %+v, want one token with four alternatives", a)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	r := sharedRunner(t)
+	long := strings.Repeat("word ", 1100)
+	for _, c := range []struct {
+		name string
+		req  child.GenerateRequest
+		code string
+		want string
+	}{
+		{"context", child.GenerateRequest{Messages: chat(long)}, child.CodeContextLength, "1024"},
+		{"context of a text", child.GenerateRequest{Prompt: &long}, child.CodeContextLength, "1101"},
+		{"nothing", child.GenerateRequest{}, child.CodeInvalidRequest, "prompt"},
+		{"max_tokens", child.GenerateRequest{Messages: chat("x"), MaxTokens: -1}, child.CodeInvalidRequest, "max_tokens"},
+		{"temperature", child.GenerateRequest{Messages: chat("x"), Temperature: math.NaN()}, child.CodeInvalidRequest, "temperature"},
+		{"top_p", child.GenerateRequest{Messages: chat("x"), TopP: -1}, child.CodeInvalidRequest, "top_p"},
+		{"top_logprobs", child.GenerateRequest{Messages: chat("x"), TopLogProbs: 21}, child.CodeInvalidRequest, "top_logprobs"},
+		{"stop", child.GenerateRequest{Messages: chat("x"), Stop: []string{""}}, child.CodeInvalidRequest, "stop"},
+		{"choices", child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "A"}}, child.CodeInvalidRequest, "choices"},
+		{"adapter", child.GenerateRequest{Messages: chat("x"), Adapter: &child.Adapter{ID: "a", Path: "missing.gguf"}}, child.CodeInvalidAdapter, "missing.gguf"},
+	} {
+		_, err := generate(t.Context(), r, c.req)
+		var refusal *child.Error
+		if !errors.As(err, &refusal) || refusal.Code != c.code || !strings.Contains(refusal.Message, c.want) {
+			t.Errorf("%s: got %v, want code %s and %q in the message", c.name, err, c.code, c.want)
+		}
+	}
+}
+
+func TestCancelFreesTheSlot(t *testing.T) {
+	r := sharedRunner(t)
+	var wg sync.WaitGroup
+	for i := range 12 { // more than are decoded at once: some are cancelled while they wait
+		ctx, cancel := context.WithCancel(t.Context())
+		wg.Go(func() {
+			defer cancel()
+			events := 0
+			err := r.Generate(ctx, child.GenerateRequest{Messages: chat(fmt.Sprint("Tell me a long story about number ", i)), TopP: 1}, func(child.GenerateEvent) error {
+				if events++; events == 1+i%4 {
+					cancel()
+				}
+				return nil
+			})
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("sequence %d: %v, want it cancelled", i, err)
+			}
+		})
+		if i%3 == 2 {
+			cancel() // before it began
+		}
+	}
+	wg.Wait()
+	status, err := r.Status(t.Context())
+	if err != nil || status.Running != 0 || status.Waiting != 0 {
+		t.Errorf("after all were cancelled: %+v, %v", status, err)
+	}
+	// A prompt that is being computed is aborted.
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	if _, err := generate(ctx, r, child.GenerateRequest{Messages: chat(strings.Repeat("all different 1 2 3 ", 100))}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want the deadline", err)
+	}
+	start := time.Now()
+	if status, err = r.Status(t.Context()); err != nil || status.Running != 0 {
+		t.Errorf("after the abort: %+v, %v", status, err)
+	}
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("the batch of a cancelled request held the runner for %v", took)
+	}
+}
+
+// The cache is a pool: when its sequences outgrow it together, the last one waits and is computed again.
+func TestCacheOverflow(t *testing.T) {
+	// Three prompts of about 150 tokens in a pool of 256 cells.
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 256, Sequences: 4, Threads: 1, poolTokens: 256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	want := make([]answer, 3)
+	prompts := make([]string, 3)
+	for i := range prompts {
+		prompts[i] = strings.Repeat(fmt.Sprintf("%d bottles of beer. ", i+3), 18)
+		want[i] = ask(t, r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 12})
+	}
+	got := make([]answer, 3)
+	var wg sync.WaitGroup
+	for i := range prompts {
+		wg.Go(func() {
+			got[i], _ = generate(t.Context(), r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 12})
+		})
+	}
+	wg.Wait()
+	for i := range prompts {
+		if got[i].Text != want[i].Text {
+			t.Errorf("crowded: %q, alone: %q", got[i].Text, want[i].Text)
+		}
+	}
+	r.Close()
+	if _, err := generate(t.Context(), r, child.GenerateRequest{Messages: chat("x")}); err == nil {
+		t.Error("a closed runner answered")
+	}
+}
+
+// randomAdapter writes a LoRA adapter of the default model's q and v with random weights, large enough to change
+// what it says.
+func randomAdapter(t testing.TB, seed uint64) string {
+	t.Helper()
+	random := rand.New(rand.NewPCG(seed, 1))
+	const rank, width, kv = 8, 576, 192
+	matrix := func(columns, rows int64, scale float64) gguf.TensorData {
+		data := make([]byte, 0, 4*columns*rows)
+		for range columns * rows {
+			data = binary.LittleEndian.AppendUint32(data, math.Float32bits(float32(random.NormFloat64()*scale)))
+		}
+		return gguf.TensorData{Shape: []int64{columns, rows}, Type: gguf.F32, Data: data}
+	}
+	var tensors []gguf.TensorData
+	for layer := range 30 {
+		for name, out := range map[string]int64{"attn_q": width, "attn_v": kv} {
+			a, b := matrix(width, rank, 0.1), matrix(rank, out, 0.1)
+			a.Name = fmt.Sprintf("blk.%d.%s.weight.lora_a", layer, name)
+			b.Name = fmt.Sprintf("blk.%d.%s.weight.lora_b", layer, name)
+			tensors = append(tensors, a, b)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "adapter.gguf")
+	err := gguf.WriteFile(path, []gguf.KeyValue{
+		{Key: "general.type", Value: "adapter"},
+		{Key: "general.architecture", Value: "llama"},
+		{Key: "adapter.type", Value: "lora"},
+		{Key: "adapter.lora.alpha", Value: float32(16)},
+	}, tensors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// distance is the largest difference between the log-probabilities of the first token's alternatives that both
+// answers name; 100 if they name none in common.
+func distance(a, b answer) float64 {
+	largest, common := 0.0, false
+	for _, p := range a.LogProbs[0].Top {
+		for _, q := range b.LogProbs[0].Top {
+			if bytes.Equal(p.Bytes, q.Bytes) {
+				largest, common = max(largest, math.Abs(p.LogProb-q.LogProb)), true
+			}
+		}
+	}
+	if !common {
+		return 100
+	}
+	return largest
+}
+
+func TestAdapters(t *testing.T) {
+	r := sharedRunner(t)
+	one := &child.Adapter{ID: "one", Path: randomAdapter(t, 1)}
+	two := &child.Adapter{ID: "two", Path: randomAdapter(t, 2)}
+	request := func(a *child.Adapter) child.GenerateRequest {
+		return child.GenerateRequest{Messages: chat("Which letter comes after B? Tell me about it."), MaxTokens: 8, Adapter: a, LogProbs: true, TopLogProbs: 5}
+	}
+	// Asked again, the prompt is in the cache and the batches are the same: equal means bit for bit.
+	ask(t, r, request(nil))
+	base := ask(t, r, request(nil))
+	ask(t, r, request(one))
+	withOne := ask(t, r, request(one))
+	ask(t, r, request(two))
+	withTwo := ask(t, r, request(two))
+	if a, b, c := distance(base, withOne), distance(base, withTwo), distance(withOne, withTwo); min(a, b, c) < 0.8 {
+		t.Errorf("the adapters are too weak for this test: distances %.2f, %.2f, %.2f", a, b, c)
+	}
+	for range 2 {
+		if diff := cmp.Diff(base.LogProbs, ask(t, r, request(nil)).LogProbs); diff != "" {
+			t.Fatalf("the base model after an adapter (-before +after):\n%s", diff)
+		}
+		if diff := cmp.Diff(withOne.LogProbs, ask(t, r, request(one)).LogProbs); diff != "" {
+			t.Fatalf("an adapter after the base model (-before +after):\n%s", diff)
+		}
+	}
+
+	// All at once they take turns, and none of them changes another's text.
+	var wg sync.WaitGroup
+	for i, c := range []struct {
+		adapter *child.Adapter
+		want    answer
+	}{{nil, base}, {one, withOne}, {two, withTwo}, {nil, base}, {one, withOne}, {two, withTwo}} {
+		wg.Go(func() {
+			got, err := generate(t.Context(), r, request(c.adapter))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			// See series: the same logits differ by up to 0.5, those of two adapters by more.
+			if d := distance(got, c.want); d > 0.7 {
+				t.Errorf("request %d at the same time is %.2f from what it says alone; alone: %.2f from base, %.2f from one, %.2f from two", i, d, distance(got, base), distance(got, withOne), distance(got, withTwo))
+			}
+		})
+	}
+	wg.Wait()
+
+	status, err := r.Status(t.Context())
+	if err != nil || !slices.Equal(status.Adapters, []string{"one", "two"}) {
+		t.Errorf("loaded adapters %v, %v", status.Adapters, err)
+	}
+	if !r.UnloadAdapter("one") || r.UnloadAdapter("one") {
+		t.Error("unloading is reported wrongly")
+	}
+	// Loaded again, and again the same.
+	ask(t, r, request(one))
+	if diff := cmp.Diff(withOne.LogProbs, ask(t, r, request(one)).LogProbs); diff != "" {
+		t.Errorf("an adapter loaded again (-before +after):\n%s", diff)
+	}
+	if !r.UnloadAdapter("one") || !r.UnloadAdapter("two") {
+		t.Error("unloading at the end is reported wrongly")
+	}
+}
+
+// Requests of one adapter that keep coming must not keep another's waiting.
+func TestAdaptersTakeTurns(t *testing.T) {
+	r := sharedRunner(t)
+	a := &child.Adapter{ID: "turns", Path: randomAdapter(t, 3)}
+	defer r.UnloadAdapter("turns")
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	started := make(chan struct{}, 100)
+	for i := range 3 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				_ = r.Generate(ctx, child.GenerateRequest{Messages: chat(fmt.Sprint("Count slowly to one million, step ", i)), TopP: 1}, func(child.GenerateEvent) error {
+					select {
+					case started <- struct{}{}:
+					default:
+					}
+					return nil
+				})
+			}
+		})
+	}
+	<-started
+	got := ask(t, r, child.GenerateRequest{Messages: chat("Hello"), MaxTokens: 3, Adapter: a})
+	if got.Usage.CompletionTokens == 0 {
+		t.Errorf("got %+v", got)
+	}
+	cancel()
+	wg.Wait()
+}
+
+func TestInvalidAdapter(t *testing.T) {
+	r := sharedRunner(t)
+	before := ask(t, r, child.GenerateRequest{Messages: chat("Hi"), MaxTokens: 4, LogProbs: true})
+	good, err := os.ReadFile(randomAdapter(t, 4))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{
+		"empty":     nil,
+		"magic":     append([]byte("XXXX"), good[4:]...),
+		"truncated": good[:len(good)/2],
+		"header":    good[:200],
+		"other":     bytes.Replace(good, []byte("blk.7.attn_q"), []byte("blk.7.attn_z"), 1),
+	} {
+		path := filepath.Join(t.TempDir(), name+".gguf")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := generate(t.Context(), r, child.GenerateRequest{Messages: chat("Hi"), Adapter: &child.Adapter{ID: name, Path: path}})
+		var refusal *child.Error
+		if !errors.As(err, &refusal) || refusal.Code != child.CodeInvalidAdapter {
+			t.Errorf("%s: got %v, want %s", name, err, child.CodeInvalidAdapter)
+		}
+	}
+	after := ask(t, r, child.GenerateRequest{Messages: chat("Hi"), MaxTokens: 4, LogProbs: true})
+	if before.Text != after.Text {
+		t.Errorf("after the refusals %q, before %q", after.Text, before.Text)
+	}
+}
+
+func TestInvalidModel(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "base.gguf"), []byte("GGUF and nothing else"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := New(Options{ModelDir: dir})
+	var refusal *child.Error
+	if !errors.As(err, &refusal) || refusal.Code != child.CodeInvalidModel {
+		t.Errorf("got %v, want %s", err, child.CodeInvalidModel)
+	}
+}
