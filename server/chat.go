@@ -155,7 +155,7 @@ func (a *chatAnswer) chunks(event child.GenerateEvent) []any {
 	}
 	if !a.begun {
 		a.begun = true
-		add(wire.ChunkChoice{Delta: wire.ChatDelta{Role: "assistant", Content: text("")}})
+		add(wire.ChunkChoice{Delta: wire.ChatDelta{Role: "assistant", Content: new("")}})
 	}
 	if event.Text != "" || len(event.LogProbs) > 0 {
 		add(wire.ChunkChoice{Delta: wire.ChatDelta{Content: &event.Text}, LogProbs: chatLogProbs(event.LogProbs)})

@@ -55,7 +55,7 @@ func TestGuidedChoice(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	request := openai.ChatCompletionRequest{
-		Model: "smol", Messages: userSays("which?"), LogProbs: true, TopLogProbs: 4, MaxTokens: 5, Stop: []string{"\n"},
+		Model: "smol", Messages: userSays("which?"), LogProbs: true, TopLogProbs: 4, MaxCompletionTokens: 5, Stop: []string{"\n"},
 		ChatCompletionRequestExtensions: openai.ChatCompletionRequestExtensions{GuidedChoice: []string{"B", "A"}},
 	}
 	resp, err := r.client().CreateChatCompletion(t.Context(), request)

@@ -40,7 +40,7 @@ func decode(c *gin.Context, dst any, checks ...func(fields map[string]json.RawMe
 // readError explains why a body could not be read; what names it.
 func readError(err error, what string) error {
 	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return &wire.Error{Status: http.StatusRequestEntityTooLarge, Type: wire.ErrorTypeInvalidRequest, Code: text("request_too_large"),
+		return &wire.Error{Status: http.StatusRequestEntityTooLarge, Type: wire.ErrorTypeInvalidRequest, Code: new("request_too_large"),
 			Message: fmt.Sprintf("the %s is longer than %d MiB", what, tooLarge.Limit>>20)}
 	}
 	return invalid("", "the %s could not be read: %v", what, err)

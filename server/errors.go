@@ -25,8 +25,6 @@ func invalid(param, format string, args ...any) *wire.Error {
 	return e
 }
 
-func text(s string) *string { return &s }
-
 // errorKinds maps errors to answers; the first row that matches counts. An error that no row matches is a 500 whose
 // message tells the client nothing: the log has it.
 var errorKinds = []struct {
@@ -78,7 +76,7 @@ func errorFor(err error) *wire.Error {
 			e.Type = wire.ErrorTypeServer
 		}
 		if kind.code != "" {
-			e.Code = text(kind.code)
+			e.Code = new(kind.code)
 		}
 		if e.Message == "" {
 			e.Message = err.Error()

@@ -262,7 +262,7 @@ func unknownFile(err error, id string) error {
 	if !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
-	return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Param: text("id"), Code: text("not_found"),
+	return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Param: new("id"), Code: new("not_found"),
 		Message: fmt.Sprintf("the file %q does not exist", id)}
 }
 

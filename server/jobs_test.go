@@ -136,11 +136,11 @@ func TestJobSpec(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := finetune.Spec{
-		Model: "m", TrainingFile: "file-1", ValidationFile: "file-2", Suffix: "s", Seed: ptr(int64(7)), Metadata: map[string]string{"a": "b"}, MethodType: "supervised",
-		Requested: finetune.Hyperparameters{NEpochs: ptr(3)},
+		Model: "m", TrainingFile: "file-1", ValidationFile: "file-2", Suffix: "s", Seed: new(int64(7)), Metadata: map[string]string{"a": "b"}, MethodType: "supervised",
+		Requested: finetune.Hyperparameters{NEpochs: new(3)},
 		Options: child.TrainOptions{
-			R: ptr(8), LoraAlpha: ptr(16.0), LoraDropout: ptr(0.05), TargetModules: []string{"q_proj", "v_proj"}, BatchSize: ptr(8), NumTrainEpochs: ptr(3),
-			LearningRate: ptr(2e-4), LRSchedulerType: ptr("cosine"), WarmupRatio: ptr(0.03), MaxLength: ptr(256), UseRSLoRA: ptr(false),
+			R: new(8), LoraAlpha: new(16.0), LoraDropout: new(0.05), TargetModules: []string{"q_proj", "v_proj"}, BatchSize: new(8), NumTrainEpochs: new(3),
+			LearningRate: new(2e-4), LRSchedulerType: new("cosine"), WarmupRatio: new(0.03), MaxLength: new(256), UseRSLoRA: new(false),
 		},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -156,9 +156,9 @@ func TestJobSpec(t *testing.T) {
 func TestOptionNames(t *testing.T) {
 	t.Parallel()
 	all, err := json.Marshal(child.TrainOptions{
-		R: ptr(1), LoraAlpha: ptr(1.0), LoraDropout: ptr(1.0), UseRSLoRA: ptr(true), TargetModules: []string{""}, LearningRate: ptr(1.0), LearningRateMultiplier: ptr(1.0),
-		NumTrainEpochs: ptr(1), BatchSize: ptr(1), WarmupRatio: ptr(1.0), WarmupSteps: ptr(1), LRSchedulerType: ptr(""), WeightDecay: ptr(1.0), AdamBeta1: ptr(1.0),
-		AdamBeta2: ptr(1.0), AdamEpsilon: ptr(1.0), MaxGradNorm: ptr(1.0), MaxLength: ptr(1), MaxSteps: ptr(1), SaveMinutes: ptr(1.0), QuestionTemplate: ptr(""),
+		R: new(1), LoraAlpha: new(1.0), LoraDropout: new(1.0), UseRSLoRA: new(true), TargetModules: []string{""}, LearningRate: new(1.0), LearningRateMultiplier: new(1.0),
+		NumTrainEpochs: new(1), BatchSize: new(1), WarmupRatio: new(1.0), WarmupSteps: new(1), LRSchedulerType: new(""), WeightDecay: new(1.0), AdamBeta1: new(1.0),
+		AdamBeta2: new(1.0), AdamEpsilon: new(1.0), MaxGradNorm: new(1.0), MaxLength: new(1), MaxSteps: new(1), SaveMinutes: new(1.0), QuestionTemplate: new(""),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -183,8 +183,8 @@ func TestJobToWire(t *testing.T) {
 	t.Parallel()
 	running := &finetune.Job{
 		ID: "ftjob-1", CreatedAt: 5, Model: "smol", Status: finetune.Running, TrainingFile: "file-1", Seed: 3, Attempt: 2, EstimatedFinish: 99, TrainedTokens: 10,
-		Hyperparameters: finetune.Hyperparameters{NEpochs: ptr(2)}, Plan: &child.TrainPlan{R: 16},
-		Progress: finetune.Progress{Step: 4, TotalSteps: 8, Fraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: ptr(0.5)},
+		Hyperparameters: finetune.Hyperparameters{NEpochs: new(2)}, Plan: &child.TrainPlan{R: 16},
+		Progress: finetune.Progress{Step: 4, TotalSteps: 8, Fraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: new(0.5)},
 	}
 	got, err := jobToWire(running)
 	if err != nil {
@@ -193,7 +193,7 @@ func TestJobToWire(t *testing.T) {
 	if got.Error != nil || got.FinishedAt != nil || got.TrainedTokens != nil || got.ResultFiles == nil || got.FineTunedModel != nil || *got.EstimatedFinish != 99 {
 		t.Errorf("running job %+v", got)
 	}
-	if diff := cmp.Diff(&wire.FineTuningProgress{Step: 4, TotalSteps: 8, Fraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: ptr(0.5)}, got.Hone.Progress); diff != "" {
+	if diff := cmp.Diff(&wire.FineTuningProgress{Step: 4, TotalSteps: 8, Fraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: new(0.5)}, got.Hone.Progress); diff != "" {
 		t.Errorf("progress (-want +got)\n%s", diff)
 	}
 	failed := &finetune.Job{Status: finetune.Failed, FinishedAt: 9, Error: &finetune.JobError{Code: "invalid_training_file", Message: "line 3", Param: "training_file"}}
@@ -201,5 +201,3 @@ func TestJobToWire(t *testing.T) {
 		t.Errorf("failed job %+v, %v", got, err)
 	}
 }
-
-func ptr[T any](v T) *T { return &v }

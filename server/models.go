@@ -78,11 +78,11 @@ func (s *Server) resolve(ctx context.Context, name string) (*target, error) {
 	if err == nil {
 		err = ref.CheckBase(model.Digest)
 	} else if errors.Is(err, finetune.ErrUnknownModel) {
-		err = &wire.Error{Status: http.StatusConflict, Type: wire.ErrorTypeInvalidRequest, Param: text("model"), Code: text("base_model_missing"),
+		err = &wire.Error{Status: http.StatusConflict, Type: wire.ErrorTypeInvalidRequest, Param: new("model"), Code: new("base_model_missing"),
 			Message: fmt.Sprintf("the base model %s of %s is not here any more; add it again", ref.BaseModel, name)}
 	}
 	if err != nil {
-		ref.Release()
+		ref.Release() //nolint:contextcheck // what it may remove is removed whether or not the client is there
 		return nil, fmt.Errorf("look up the base of %q: %w", name, err)
 	}
 	return &target{base: model.Base, adapter: &child.Adapter{ID: ref.ID, Path: ref.GGUF()}, release: ref.Release}, nil
@@ -107,7 +107,7 @@ func (s *Server) unknownModel(ctx context.Context, name string) error {
 	} else if len(names) > 0 {
 		known = "there is " + strings.Join(names, ", ")
 	}
-	return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Param: text("model"), Code: text("model_not_found"),
+	return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Param: new("model"), Code: new("model_not_found"),
 		Message: fmt.Sprintf("the model %q does not exist; %s", name, known)}
 }
 
@@ -196,7 +196,7 @@ func tunedToWire(a adapters.Adapter) wire.Model {
 func page[T any](data []T, more bool, id func(T) string) wire.List[T] {
 	list := wire.List[T]{Object: "list", Data: data, HasMore: more}
 	if len(data) > 0 {
-		list.FirstID, list.LastID = text(id(data[0])), text(id(data[len(data)-1]))
+		list.FirstID, list.LastID = new(id(data[0])), new(id(data[len(data)-1]))
 	}
 	return list
 }

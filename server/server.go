@@ -12,6 +12,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -106,11 +107,11 @@ func (s *Server) route() {
 	v1.GET("/fine_tuning/jobs/:id/events", s.handle(s.listEvents))
 	v1.GET("/fine_tuning/jobs/:id/checkpoints", s.handle(s.listCheckpoints))
 	e.NoRoute(s.handle(func(c *gin.Context) error {
-		return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Code: text("unknown_url"),
+		return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Code: new("unknown_url"),
 			Message: fmt.Sprintf("there is no %s %s; the API is under /v1", c.Request.Method, c.Request.URL.Path)}
 	}))
 	e.NoMethod(s.handle(func(c *gin.Context) error {
-		return &wire.Error{Status: http.StatusMethodNotAllowed, Type: wire.ErrorTypeInvalidRequest, Code: text("method_not_allowed"),
+		return &wire.Error{Status: http.StatusMethodNotAllowed, Type: wire.ErrorTypeInvalidRequest, Code: new("method_not_allowed"),
 			Message: fmt.Sprintf("%s does not take %s, but %s", c.Request.URL.Path, c.Request.Method, c.Writer.Header().Get("Allow"))}
 	}))
 }
@@ -149,12 +150,14 @@ func (s *Server) handle(h func(*gin.Context) error) gin.HandlerFunc {
 // safely turns a panic, our own bug, into an error with its stack. The client gets a plain 500.
 func safely(c *gin.Context, h func(*gin.Context) error) (err error) {
 	defer func() {
-		switch p := recover(); {
-		case p == http.ErrAbortHandler:
-			panic(p)
-		case p != nil:
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		p := recover()
+		if p == nil {
+			return
 		}
+		if abort, ok := p.(error); ok && errors.Is(abort, http.ErrAbortHandler) {
+			panic(p)
+		}
+		err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 	}()
 	return h(c)
 }
@@ -184,11 +187,11 @@ const requestIDHeader = "X-Request-Id"
 func (s *Server) guard(c *gin.Context) error {
 	c.Header(requestIDHeader, "req_"+strings.ToLower(rand.Text()))
 	if !s.hostAllowed(c.Request.Host) {
-		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: text("host_not_allowed"),
+		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: new("host_not_allowed"),
 			Message: fmt.Sprintf("requests to the host name %q are refused; use 127.0.0.1, or add the name to allowed_hosts in the configuration", c.Request.Host)}
 	}
 	if err := s.origin.Check(c.Request); err != nil {
-		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: text("origin_not_allowed"),
+		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: new("origin_not_allowed"),
 			Message: "requests from web pages of another origin are refused"}
 	}
 	return nil

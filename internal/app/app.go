@@ -114,11 +114,12 @@ func (a *App) Start(ctx context.Context) (err error) {
 	if err := a.jobs.Start(ctx); err != nil {
 		return err
 	}
-	a.serve(server.New(server.Options{
+	api := server.New(server.Options{
 		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Logger: a.opts.Logger,
 		AllowedHosts: append([]string{a.cfg.Host}, a.cfg.AllowedHosts...),
 		AnyHost:      a.cfg.AllowRemote && len(a.cfg.AllowedHosts) == 0,
-	}))
+	})
+	a.serve(api) //nolint:contextcheck // requests outlive the start
 	a.opts.Logger.Info("listening", "addr", a.Addr(), "data_dir", a.cfg.DataDir)
 	return nil
 }

@@ -60,19 +60,19 @@ func smallRunner(in *bufio.Reader) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	listener, err := net.Listen("unix", config.Socket)
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "unix", config.Socket)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	go func() {
-		io.Copy(io.Discard, in)
+		_, _ = io.Copy(io.Discard, in)
 		os.Exit(0)
 	}()
-	json.NewEncoder(os.Stdout).Encode(child.RunnerEvent{Type: "ready", ContextTokens: 64})
-	http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	_ = json.NewEncoder(os.Stdout).Encode(child.RunnerEvent{Type: "ready", ContextTokens: 64})
+	_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var req child.GenerateRequest
-		json.NewDecoder(r.Body).Decode(&req)
+		_ = json.NewDecoder(r.Body).Decode(&req)
 		events := json.NewEncoder(w)
 		words := strings.Fields(req.Messages[len(req.Messages)-1].Content)
 		if req.Adapter != nil {
@@ -81,7 +81,7 @@ func smallRunner(in *bufio.Reader) int {
 		for _, word := range words {
 			switch word {
 			case "die":
-				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			case "slow":
 				select {
 				case <-r.Context().Done():
@@ -89,10 +89,10 @@ func smallRunner(in *bufio.Reader) int {
 				case <-time.After(time.Minute):
 				}
 			}
-			events.Encode(child.GenerateEvent{Text: word + " "})
+			_ = events.Encode(child.GenerateEvent{Text: word + " "})
 			w.(http.Flusher).Flush()
 		}
-		events.Encode(child.GenerateEvent{FinishReason: "stop", Usage: &child.Usage{PromptTokens: 1, CompletionTokens: len(words)}})
+		_ = events.Encode(child.GenerateEvent{FinishReason: "stop", Usage: &child.Usage{PromptTokens: 1, CompletionTokens: len(words)}})
 	}))
 	return 1
 }
@@ -106,15 +106,15 @@ func smallTrainer(in *bufio.Reader) int {
 	}
 	fmt.Fprintln(os.Stderr, "small trainer")
 	out := json.NewEncoder(os.Stdout)
-	out.Encode(child.TrainerEvent{Type: child.EventDataset, TrainRows: 1, TrainTokens: 8})
-	out.Encode(child.TrainerEvent{Type: child.EventPlan, Plan: &child.TrainPlan{R: 16, LoraAlpha: 32, NumTrainEpochs: 1, BatchSize: 1, TotalSteps: 1, LearningRateMultiplier: 1}})
+	_ = out.Encode(child.TrainerEvent{Type: child.EventDataset, TrainRows: 1, TrainTokens: 8})
+	_ = out.Encode(child.TrainerEvent{Type: child.EventPlan, Plan: &child.TrainPlan{R: 16, LoraAlpha: 32, NumTrainEpochs: 1, BatchSize: 1, TotalSteps: 1, LearningRateMultiplier: 1}})
 	if config.Options.MaxSteps != nil && *config.Options.MaxSteps == 1_000_000 {
 		for {
-			out.Encode(child.TrainerEvent{Type: child.EventProgress, TotalSteps: 1_000_000, Fraction: 0.5, TokensPerSecond: 100, SecondsLeft: 1000})
+			_ = out.Encode(child.TrainerEvent{Type: child.EventProgress, TotalSteps: 1_000_000, Fraction: 0.5, TokensPerSecond: 100, SecondsLeft: 1000})
 			time.Sleep(10 * time.Millisecond)
 		}
 	}
-	out.Encode(child.TrainerEvent{Type: child.EventStep, Step: 1, TotalSteps: 1, TrainLoss: 0.5, TrainedTokens: 8})
+	_ = out.Encode(child.TrainerEvent{Type: child.EventStep, Step: 1, TotalSteps: 1, TrainLoss: 0.5, TrainedTokens: 8})
 	weights := []byte("weights")
 	sum := sha256.Sum256(weights)
 	manifest, _ := json.Marshal(lora.Manifest{
@@ -124,10 +124,10 @@ func smallTrainer(in *bufio.Reader) int {
 	})
 	if err := errors.Join(os.MkdirAll(config.AdapterDir, 0o700), os.WriteFile(filepath.Join(config.AdapterDir, lora.GGUFFile), weights, 0o600),
 		os.WriteFile(filepath.Join(config.AdapterDir, lora.ManifestFile), manifest, 0o600)); err != nil {
-		out.Encode(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeInternal, Message: err.Error()}})
+		_ = out.Encode(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeInternal, Message: err.Error()}})
 		return 1
 	}
-	out.Encode(child.TrainerEvent{Type: child.EventDone})
+	_ = out.Encode(child.TrainerEvent{Type: child.EventDone})
 	return 0
 }
 
@@ -188,7 +188,7 @@ func children(t *testing.T) []int {
 	}
 	for _, list := range lists {
 		data, _ := os.ReadFile(list) // a thread may end meanwhile
-		for _, field := range strings.Fields(string(data)) {
+		for field := range strings.FieldsSeq(string(data)) {
 			pid, err := strconv.Atoi(field)
 			if err != nil {
 				t.Fatal(err)
@@ -249,7 +249,7 @@ func TestStory(t *testing.T) {
 	if left := children(t); len(left) > 0 {
 		t.Errorf("processes %v are left", left)
 	}
-	if _, err := net.DialTimeout("tcp", a.Addr(), time.Second); err == nil {
+	if _, err := new(net.Dialer).DialContext(t.Context(), "tcp", a.Addr()); err == nil {
 		t.Error("the port is still open")
 	}
 }
@@ -279,7 +279,12 @@ func endlessJob(t *testing.T, a *App, client *openai.Client) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	resp, err := http.Post("http://"+a.Addr()+"/v1/fine_tuning/jobs", "application/json", strings.NewReader(`{"model":"small","training_file":"`+file.ID+`","hone":{"max_steps":1000000}}`))
+	body := strings.NewReader(`{"model":"small","training_file":"` + file.ID + `","hone":{"max_steps":1000000}}`)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+a.Addr()+"/v1/fine_tuning/jobs", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

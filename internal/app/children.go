@@ -64,6 +64,7 @@ func (a *App) startTrainer(_ context.Context, config child.TrainerConfig) (finet
 	if err != nil {
 		return nil, fmt.Errorf("log of the attempt: %w", err)
 	}
+	//nolint:contextcheck // a trainer is ended by Stop and Kill
 	trainer, err := child.StartTrainer(child.TrainerOptions{Exe: a.opts.Exe, Env: a.opts.Env, Config: config, Stderr: log, Logger: a.opts.Logger})
 	if err != nil {
 		return nil, errors.Join(err, log.Close())

@@ -95,7 +95,7 @@ func serve(ctx context.Context, s streams, cfg configs.Config) error {
 	defer cancel()
 	stopping, again := signal.NotifyContext(stopping, os.Interrupt, syscall.SIGTERM)
 	defer again()
-	if err := a.Stop(stopping); err != nil {
+	if err := a.Stop(stopping); err != nil { //nolint:contextcheck // ctx has ended
 		logger.Warn("stopped, but not in order", "error", err)
 	}
 	return failure

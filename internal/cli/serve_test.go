@@ -49,7 +49,12 @@ func TestServe(t *testing.T) {
 	if err != nil || !strings.HasPrefix(line, "listening on http://127.0.0.1:") {
 		t.Fatalf("standard output %q, %v\n%s", line, err, log.String())
 	}
-	resp, err := http.Get(strings.TrimSpace(strings.TrimPrefix(line, "listening on ")) + "/health")
+	health := strings.TrimSpace(strings.TrimPrefix(line, "listening on ")) + "/health"
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, health, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
 	if err != nil || resp.StatusCode != http.StatusOK {
 		t.Fatalf("health: %v, %v", resp, err)
 	}
