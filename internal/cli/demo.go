@@ -91,8 +91,8 @@ func demo(ctx context.Context, s streams, opts demoOptions) (err error) {
 		cancel(fmt.Errorf("the server ended: %w; its log is %s", server.failure(), log))
 	}()
 	defer func() {
-		if err != nil && errors.Is(err, context.Canceled) && !errors.Is(context.Cause(ctx), context.Canceled) {
-			err = context.Cause(ctx)
+		if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(cause, context.Canceled) {
+			err = cause // without what it interrupted
 		}
 	}()
 	fmt.Fprintf(s.out, "listening on %s, log in %s\n", server.url, log)

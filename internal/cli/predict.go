@@ -42,8 +42,12 @@ func newPredictCommand(s streams) *cobra.Command {
 				return err
 			}
 			result, err := predict(cmd.Context(), s, c, opts)
-			if result != nil {
+			switch {
+			case result == nil:
+			case result.complete:
 				fmt.Fprint(s.out, result)
+			case len(result.predictions) > 0:
+				fmt.Fprintf(s.err, "%s has %d rows; the same command, without --overwrite, goes on after them\n", opts.out, len(result.predictions))
 			}
 			return err
 		},
@@ -74,6 +78,7 @@ type predictResult struct {
 	gold        map[string]string // right answers by ID; empty if they are not known
 	asked       int               // in this run
 	took        time.Duration
+	complete    bool // every question has its row
 }
 
 // right counts the right answers among the questions whose answer is known.
@@ -133,8 +138,8 @@ func percentInterval(right, n int) string {
 	return fmt.Sprintf("%.1f%% [%.1f, %.1f]", 100*float64(right)/float64(n), 100*low, 100*high)
 }
 
-// predict answers the questions into a file. The result is nil if nothing was asked; after an error it holds what was
-// answered until then.
+// predict answers the questions into a file. The result is nil if nothing was asked; after an error it holds what is in
+// the file.
 func predict(ctx context.Context, s streams, c *client.Client, opts predictOptions) (*predictResult, error) {
 	if opts.concurrency < 1 {
 		return nil, usageError{fmt.Errorf("--concurrency is %d, expected at least 1", opts.concurrency)}
@@ -197,11 +202,9 @@ func predict(ctx context.Context, s streams, c *client.Client, opts predictOptio
 	bar.end(err == nil)
 	err = errors.Join(err, submission.Close())
 	if err != nil {
-		if len(result.predictions) > 0 {
-			err = fmt.Errorf("%w\n%s has %d of %d rows; the same command goes on after them", err, opts.out, len(result.predictions), len(questions))
-		}
-		return nil, err
+		return result, err
 	}
+	result.complete = true
 	if _, none := result.letters(); none > 0 {
 		err = fmt.Errorf("%d of %d questions have no answer; their cells in %s are empty", none, len(questions), opts.out)
 	}

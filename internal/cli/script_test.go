@@ -1,0 +1,253 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/hone-llm/hone/client"
+)
+
+// exampleEnv names the directory of the example questions to the small server below.
+const exampleEnv = "HONE_TEST_EXAMPLES"
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"hone": func() {
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			// `hone demo` starts this binary's `serve`: here the small server, so that the story is told in a second.
+			if examples := os.Getenv(exampleEnv); examples != "" && len(os.Args) > 1 && os.Args[1] == "serve" {
+				server := httptest.NewServer(newSmallServer(examples))
+				fmt.Fprintln(os.Stderr, os.Getpid())
+				fmt.Println("listening on " + server.URL)
+				<-ctx.Done()
+				return
+			}
+			os.Exit(Run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		},
+	})
+}
+
+func TestScripts(t *testing.T) {
+	examples, err := filepath.Abs(filepath.Join("..", "..", "examples", "mcq"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 filepath.Join("testdata", "script"),
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			server := httptest.NewServer(newSmallServer(examples))
+			env.Defer(server.Close)
+			env.Setenv("HONE_BASE_URL", server.URL+"/v1")
+			env.Setenv("EXAMPLES", examples)
+			env.Setenv(exampleEnv, examples)
+			return nil
+		},
+	})
+}
+
+// smallServer is the API over a model that always says A, and over one that a job of three looks makes and that knows
+// the example answers.
+type smallServer struct {
+	right map[string]string // by wording
+
+	mu      sync.Mutex
+	looks   int
+	request client.FineTuningJobRequest
+	cancel  bool
+}
+
+func newSmallServer(examples string) http.Handler {
+	s := &smallServer{right: map[string]string{}}
+	questions, err := client.ReadQuestions(filepath.Join(examples, "test.csv"), client.ReadOptions{})
+	if err != nil {
+		panic(err)
+	}
+	answers, err := client.ReadAnswers(filepath.Join(examples, "test_answers.csv"), "")
+	if err != nil {
+		panic(err)
+	}
+	for _, q := range questions {
+		s.right[client.Word(client.DefaultTemplate, q)] = answers[q.ID]
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/models/{id}", s.model)
+	mux.HandleFunc("POST /v1/chat/completions", s.chat)
+	mux.HandleFunc("POST /v1/files", func(w http.ResponseWriter, r *http.Request) {
+		_, header, err := r.FormFile("file")
+		if err != nil {
+			panic(err)
+		}
+		fmt.Fprintf(w, `{"id":"file-%s","object":"file","purpose":"fine-tune","filename":%q}`, strings.TrimSuffix(header.Filename, ".jsonl"), header.Filename)
+	})
+	mux.HandleFunc("POST /v1/fine_tuning/jobs", func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if err := json.NewDecoder(r.Body).Decode(&s.request); err != nil {
+			panic(err)
+		}
+		fmt.Fprint(w, `{"id":"ftjob-1","status":"validating_files"}`)
+	})
+	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-1", s.job)
+	mux.HandleFunc("GET /v1/fine_tuning/jobs", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"object":"list","data":[{"id":"ftjob-1","status":"failed","model":"base","created_at":1,"error":{"code":"c","message":"行 3 is not JSON"}}],"has_more":false}`)
+	})
+	mux.HandleFunc("POST /v1/fine_tuning/jobs/ftjob-1/cancel", func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		s.cancel = true
+		s.mu.Unlock()
+		fmt.Fprint(w, `{"id":"ftjob-1","status":"cancelled"}`)
+	})
+	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-1/events", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"object":"list","data":[{"id":"e2","level":"info","message":"Step 1/3: training loss=0.70","type":"metrics","data":{"step":1}},
+			{"id":"e1","level":"info","message":"Fine-tuning job started","type":"message","data":{}}],"has_more":false}`)
+	})
+	mux.HandleFunc("GET /request", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(s.request) })
+	return mux
+}
+
+const smallTuned = "ft:base:local:quiz:1"
+
+func (s *smallServer) model(w http.ResponseWriter, r *http.Request) {
+	switch id := r.PathValue("id"); id {
+	case "SmolLM2-135M-Instruct", "slow":
+		fmt.Fprintf(w, `{"id":%q,"object":"model"}`, id)
+	case smallTuned:
+		template, _ := json.Marshal(client.DefaultTemplate)
+		fmt.Fprintf(w, `{"id":%q,"object":"model","hone":{"kind":"tuned","question_template":%s}}`, id, template)
+	default:
+		w.WriteHeader(http.StatusNotFound)
+		fmt.Fprintf(w, `{"error":{"message":"the model %s does not exist","type":"invalid_request_error","param":"model","code":"model_not_found"}}`, id)
+	}
+}
+
+func (s *smallServer) chat(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		Model    string
+		Stream   bool
+		Messages []struct{ Content string }
+	}
+	body, _ := io.ReadAll(r.Body)
+	if err := json.Unmarshal(body, &request); err != nil {
+		panic(err)
+	}
+	content := request.Messages[len(request.Messages)-1].Content
+	if request.Stream {
+		w.Header().Set("Content-Type", "text/event-stream")
+		for _, piece := range []string{"You said: ", content} {
+			text, _ := json.Marshal(piece)
+			fmt.Fprintf(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":%s},\"finish_reason\":null}]}\n\n", text)
+		}
+		if content != "break" {
+			fmt.Fprint(w, "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n")
+		}
+		return
+	}
+	if strings.Contains(content, "too long") {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, `{"error":{"message":"the prompt has 9000 tokens, the context 8192","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`)
+		return
+	}
+	letter := "A"
+	if right := s.right[content]; right != "" && request.Model == smallTuned {
+		letter = right
+	}
+	if request.Model == "slow" || os.Getenv("HONE_TEST_SLOW") != "" {
+		time.Sleep(200 * time.Millisecond)
+	}
+	fmt.Fprintf(w, `{"choices":[{"index":0,"message":{"role":"assistant","content":%q},"logprobs":{"content":[{"token":%q,"logprob":%g,"top_logprobs":[]}]},"finish_reason":"stop"}]}`,
+		letter, letter, math.Log(0.9))
+}
+
+func (s *smallServer) job(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.looks++
+	switch {
+	case s.cancel:
+		fmt.Fprint(w, `{"id":"ftjob-1","status":"cancelled"}`)
+	case s.looks <= 2:
+		fmt.Fprintf(w, `{"id":"ftjob-1","status":"running","hone":{"progress":{"step":%d,"total_steps":3,"fraction":0.5,"tokens_per_second":310,"seconds_left":9,"train_loss":0.7,"full_valid_loss":0.6,"full_valid_mean_token_accuracy":0.75}}}`, s.looks)
+	default:
+		fmt.Fprintf(w, `{"id":"ftjob-1","status":"succeeded","fine_tuned_model":%q,"trained_tokens":1000}`, smallTuned)
+	}
+}
+
+// TestJobRequest checks what `hone finetune create` asks for.
+func TestJobRequest(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(newSmallServer(filepath.Join("..", "..", "examples", "mcq")))
+	defer server.Close()
+	dir := t.TempDir()
+	if _, err := makeDataset(datasetOptions{in: filepath.Join("..", "..", "examples", "mcq", "zh.csv"), out: dir, valid: 0.25, seed: 3}); err != nil {
+		t.Fatal(err)
+	}
+	s := streams{in: strings.NewReader(""), out: io.Discard, err: io.Discard}
+	request, err := jobRequest(t.Context(), s, client.New(server.URL+"/v1", ""), jobOptions{model: "base", training: filepath.Join(dir, "train.jsonl"), validation: "file-9",
+		suffix: "quiz", epochs: "2", batch: "auto", hone: []string{"r=8", "target_modules=q_proj,v_proj", "lr_scheduler_type=linear", "use_rslora=true", "learning_rate=2e-4"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := json.Marshal(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template, _ := json.Marshal(client.DefaultTemplate)
+	want := `{"model":"base","training_file":"file-train","validation_file":"file-9","suffix":"quiz","method":{"type":"supervised","supervised":{"hyperparameters":` +
+		`{"batch_size":"auto","n_epochs":2}}},"hone":{"learning_rate":2e-4,"lr_scheduler_type":"linear","question_template":` + string(template) +
+		`,"r":8,"target_modules":["q_proj","v_proj"],"use_rslora":true}}`
+	if string(got) != want {
+		t.Errorf("request\n%s\nwant\n%s", got, want)
+	}
+	// A training file that was changed by hand is no longer known to be worded so.
+	path := filepath.Join(dir, "train.jsonl")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, append(data, data...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if request, err = jobRequest(t.Context(), s, client.New(server.URL+"/v1", ""), jobOptions{model: "base", training: path}); err != nil || request.Hone != nil {
+		t.Errorf("changed file: hone %s, %v", request.Hone, err)
+	}
+	for _, bad := range []jobOptions{{epochs: "many"}, {hone: []string{"r"}}, {hone: []string{"=8"}}} {
+		if _, err := jobRequest(t.Context(), s, nil, bad); err == nil {
+			t.Errorf("%+v was accepted", bad)
+		}
+	}
+}
+
+func TestDiscordant(t *testing.T) {
+	t.Parallel()
+	run := func(letters string) *predictResult {
+		r := &predictResult{gold: map[string]string{}}
+		for i, l := range letters {
+			id := fmt.Sprint(i)
+			r.gold[id] = "A"
+			r.predictions = append(r.predictions, client.Prediction{Question: client.Question{ID: id}, Answer: strings.TrimSpace(string(l))})
+		}
+		return r
+	}
+	first, second := discordant(run("AAAB B"), run("AABAA "))
+	if !slices.Equal([]int{first, second}, []int{1, 2}) {
+		t.Errorf("only first %d, only second %d, want 1 and 2", first, second)
+	}
+}
