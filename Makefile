@@ -1,6 +1,7 @@
 # Everything that is done with this tree is a target here; CI and the Dockerfile call the same ones. `make help` lists them.
 # The first line of a recipe that touches cgo is $(engine): the C flags live in scripts/env.sh alone, because they are
-# part of Go's build cache key and other flags would compile the engine again.
+# part of Go's build cache key and other flags would compile the engine again. So would -trimpath or -race; hence no
+# target builds the engine with them.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -40,7 +41,7 @@ run: build model ## start the server on the default data directory; the default 
 
 .PHONY: build
 build: prerequisites ## build bin/hone
-	@$(engine); go build -trimpath -o bin/hone .
+	@$(engine); go build -o bin/hone .
 
 .PHONY: native
 native: ## build libtokenizers.a (Rust, about 3 minutes, once), which is kept outside the tree
