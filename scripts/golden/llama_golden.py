@@ -305,8 +305,10 @@ def smollm2(base, out):
     check_reading(base)
     tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(base), gguf_file=os.path.basename(base))
     rows = questions(tokenizer, 80, seed=5)
+    # The rate is a tenth of the one that trains this model best. At 2e-3 the first steps are chaotic: 0.8% of noise on
+    # activations, as 8-bit rounding makes, moves single losses by up to 16%, in PyTorch itself, so they would test luck.
     write_golden(
-        "smollm2", base, rows, cycle(len(rows), 4, 20), r=16, alpha=32, lr=2e-3, gradient_rows=list(range(4)),
+        "smollm2", base, rows, cycle(len(rows), 4, 20), r=16, alpha=32, lr=2e-4, gradient_rows=list(range(4)),
         gradient_b=0.02, curve_b=0.0, full=lambda t: t.startswith(("layers.0.", "layers.29.")), tiny=False, out=out,
     )
 
