@@ -66,6 +66,7 @@ type meter struct {
 	first int64 // done by an earlier run: not counted in the rate
 	note  string
 	shown time.Time // when the last line was printed
+	full  bool      // the last line said 100%
 	left  func() time.Duration
 }
 
@@ -94,8 +95,8 @@ func (m *meter) set(done int64, note string) {
 	m.mu.Lock()
 	m.done, m.note = min(done, m.total), note
 	bar := m.bar
-	if bar == nil && (time.Since(m.shown) >= plainInterval || m.done == m.total) {
-		m.shown = time.Now()
+	if bar == nil && (time.Since(m.shown) >= plainInterval || m.done == m.total && !m.full) {
+		m.shown, m.full = time.Now(), m.done == m.total
 		fmt.Fprintf(m.out, "%s: %s\n", m.label, m.status())
 	}
 	m.mu.Unlock()
@@ -141,6 +142,9 @@ func (m *meter) end(complete bool) {
 		return
 	}
 	if complete {
+		m.mu.Lock()
+		m.done = m.total
+		m.mu.Unlock()
 		m.bar.SetCurrent(m.total)
 	} else {
 		m.bar.Abort(false)
