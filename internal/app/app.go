@@ -103,8 +103,12 @@ func (a *App) Start(ctx context.Context) (err error) {
 	if a.registry, err = adapters.Open(ctx, filepath.Join(a.cfg.DataDir, "adapters"), a.state, adapters.Options{Logger: a.opts.Logger}); err != nil {
 		return err
 	}
+	sockets, err := a.socketDir()
+	if err != nil {
+		return err
+	}
 	a.runners = child.NewRunners(child.RunnersOptions{
-		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, Logger: a.opts.Logger, ReadyTimeout: a.cfg.LoadTimeout,
+		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger, ReadyTimeout: a.cfg.LoadTimeout,
 		ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads,
 	})
 	a.jobs = finetune.New(finetune.Options{
@@ -122,6 +126,15 @@ func (a *App) Start(ctx context.Context) (err error) {
 	a.serve(api) //nolint:contextcheck // requests outlive the start
 	a.opts.Logger.Info("listening", "addr", a.Addr(), "data_dir", a.cfg.DataDir)
 	return nil
+}
+
+// socketDir is an empty directory: what a killed server left in it is removed, which the lock of the data directory allows.
+func (a *App) socketDir() (string, error) {
+	dir := filepath.Join(a.cfg.DataDir, "run")
+	if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
+		return "", fmt.Errorf("directory of sockets: %w", err)
+	}
+	return dir, nil
 }
 
 func (a *App) listen(ctx context.Context) (net.Listener, error) {

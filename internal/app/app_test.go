@@ -249,6 +249,9 @@ func TestStory(t *testing.T) {
 	if left := children(t); len(left) > 0 {
 		t.Errorf("processes %v are left", left)
 	}
+	if left, err := os.ReadDir(filepath.Join(a.cfg.DataDir, "run")); err != nil || len(left) > 0 {
+		t.Errorf("sockets %v are left, %v", left, err)
+	}
 	if _, err := new(net.Dialer).DialContext(t.Context(), "tcp", a.Addr()); err == nil {
 		t.Error("the port is still open")
 	}

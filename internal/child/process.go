@@ -325,15 +325,19 @@ func (l *lastLines) lines() []string {
 	return slices.Clone(l.done)
 }
 
-// socketDir makes a directory that only this user may enter, with a path short enough for a socket's 108 bytes.
-func socketDir() (string, error) {
-	for _, parent := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} {
-		if parent == "" || len(parent) > 60 || !filepath.IsAbs(parent) {
+// maxSocketParent leaves room for the rest of a socket's path, whose 108 bytes the kernel sets.
+const maxSocketParent = 60
+
+// socketDir makes a directory that only this user may enter, below parent or, if parent is empty or too long for a
+// socket's path, below a temporary one.
+func socketDir(parent string) (string, error) {
+	for _, parent := range []string{parent, os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} {
+		if len(parent) > maxSocketParent || !filepath.IsAbs(parent) {
 			continue
 		}
 		if dir, err := os.MkdirTemp(parent, "hone-"); err == nil { // mode 0700
 			return dir, nil
 		}
 	}
-	return "", errors.New("no directory for a socket: neither XDG_RUNTIME_DIR nor TMPDIR nor /tmp can be written to with a short path")
+	return "", fmt.Errorf("no directory for a socket: nothing can be written below XDG_RUNTIME_DIR, TMPDIR and /tmp with a path of at most %d bytes", maxSocketParent)
 }

@@ -26,6 +26,9 @@ type RunnerOptions struct {
 	Env    []string
 	Config RunnerConfig // Socket is chosen by StartRunner
 	Stderr io.Writer
+	// SocketDir is an absolute directory to put the socket below. Where it is "" or longer than a socket's path may be,
+	// the socket is in a temporary directory, which stays behind if this process is killed.
+	SocketDir string
 }
 
 // Runner is a started runner: one loaded base model. Its methods may be called from several goroutines.
@@ -41,7 +44,7 @@ type Runner struct {
 // StartRunner starts a runner and waits until it is ready. If ctx ends before, or the runner ends or says that it
 // cannot serve the model (an *Error), the runner is gone when StartRunner returns. Later, ctx does not matter.
 func StartRunner(ctx context.Context, opts RunnerOptions) (*Runner, error) {
-	dir, err := socketDir()
+	dir, err := socketDir(opts.SocketDir)
 	if err != nil {
 		return nil, err
 	}

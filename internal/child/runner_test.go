@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -55,6 +56,33 @@ func TestGenerate(t *testing.T) {
 	var refused *Error
 	if _, _, err := collect(t.Context(), r, baseForTests, "refuse"); !errors.As(err, &refused) || refused.Code != CodeContextLength {
 		t.Errorf("error %v, want the runner's refusal", err)
+	}
+}
+
+// TestSocketDir puts sockets where they are wanted, and elsewhere if their paths would be too long.
+func TestSocketDir(t *testing.T) {
+	t.Parallel()
+	short, err := os.MkdirTemp("/tmp", "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(short)
+	long := filepath.Join(t.TempDir(), strings.Repeat("x", 100))
+	if err := os.Mkdir(long, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for parent, below := range map[string]bool{short: true, long: false, "": false} {
+		dir, err := socketDir(parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(dir)
+		if got := parent != "" && strings.HasPrefix(dir, parent+"/"); got != below {
+			t.Errorf("below %q: %s", parent, dir)
+		}
+		if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 || len(dir) > 85 {
+			t.Errorf("%s: %v, %v", dir, info.Mode(), err)
+		}
 	}
 }
 

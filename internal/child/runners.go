@@ -27,6 +27,7 @@ type RunnersOptions struct {
 	Args          []string // nil: runner
 	Env           []string
 	Stderr        io.Writer
+	SocketDir     string        // see RunnerOptions
 	ContextTokens int           // 0: see RunnerConfig
 	Sequences     int           // 0: see RunnerConfig
 	Threads       int           // 0: all cores
@@ -149,7 +150,7 @@ func (r *Runners) keep(base Base, l *loading) {
 		fmt.Errorf("not ready after %s", r.opts.ReadyTimeout))
 	defer cancel()
 	l.runner, l.err = StartRunner(ctx, RunnerOptions{
-		Exe: r.opts.Exe, Args: r.opts.Args, Env: r.opts.Env, Stderr: r.opts.Stderr,
+		Exe: r.opts.Exe, Args: r.opts.Args, Env: r.opts.Env, Stderr: r.opts.Stderr, SocketDir: r.opts.SocketDir,
 		Config: RunnerConfig{ModelDir: base.Dir, ContextTokens: r.opts.ContextTokens, Sequences: r.opts.Sequences, Threads: r.opts.Threads},
 	})
 	if l.err != nil {
