@@ -283,8 +283,7 @@ func explain(err error) error {
 
 // retryable says whether the same request may succeed later: the server is away, restarting, or asks to slow down.
 func retryable(err error) bool {
-	var api *APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[*APIError](err); ok {
 		return api.Status == http.StatusTooManyRequests || api.Status >= http.StatusInternalServerError
 	}
 	var netErr net.Error

@@ -224,8 +224,7 @@ func readTable(name string, data []byte, encoding string) (*table, error) {
 			break
 		}
 		if err != nil {
-			var parse *csv.ParseError
-			if errors.As(err, &parse) {
+			if parse, ok := errors.AsType[*csv.ParseError](err); ok {
 				return nil, &FileError{File: name, Row: len(t.rows) + min(len(t.header), 1), Line: parse.Line,
 					Reason: fmt.Sprintf("%v at byte %d of the line; the row begins on line %d", parse.Err, parse.Column, parse.StartLine)}
 			}

@@ -91,7 +91,8 @@ func OpenSubmission(path string, origin Origin, questions []Question, overwrite 
 		return nil, err
 	}
 	// What follows the last whole row is a row that the interrupted run was writing.
-	if err := s.file.Truncate(keep); err == nil {
+	err = s.file.Truncate(keep)
+	if err == nil {
 		_, err = s.file.Seek(keep, io.SeekStart)
 	}
 	if err != nil {

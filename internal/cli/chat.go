@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	openai "github.com/sashabaranov/go-openai"
@@ -122,7 +123,7 @@ func (t *conversation) interactive(ctx context.Context) error {
 
 // ask sends a prompt and prints the answer as it comes. Both stay in the conversation only if the answer is whole.
 func (t *conversation) ask(ctx context.Context, prompt string) error {
-	messages := append(t.messages[:len(t.messages):len(t.messages)], openai.ChatCompletionMessage{Role: openai.ChatMessageRoleUser, Content: prompt})
+	messages := append(slices.Clip(t.messages), openai.ChatCompletionMessage{Role: openai.ChatMessageRoleUser, Content: prompt})
 	answer, reason, err := t.client.StreamChat(ctx, openai.ChatCompletionRequest{Model: t.model, Messages: messages, MaxCompletionTokens: t.maxTokens},
 		func(text string) error {
 			_, err := io.WriteString(t.streams.out, text)

@@ -260,7 +260,8 @@ func startServer(ctx context.Context, home, log string) (*serverProcess, error) 
 		return nil, err
 	}
 	defer logFile.Close() // the child has its own descriptor
-	cmd := exec.Command(exe, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", home)
+	// Not ended by ctx, which would kill it: stop ends it in order.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), exe, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", home)
 	cmd.Stderr = logFile
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {

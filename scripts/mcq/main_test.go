@@ -34,7 +34,7 @@ func TestWordsBelongToOneCategory(t *testing.T) {
 	for _, categories := range [][]category{english, chinese} {
 		owner := map[string]string{}
 		for _, c := range categories {
-			for _, w := range strings.Fields(c.words) {
+			for w := range strings.FieldsSeq(c.words) {
 				if owner[w] != "" {
 					t.Errorf("%q is in %q and in %q", w, owner[w], c.ask)
 				}
@@ -42,7 +42,7 @@ func TestWordsBelongToOneCategory(t *testing.T) {
 			}
 		}
 		for _, c := range categories {
-			for _, w := range strings.Fields(c.ask) {
+			for w := range strings.FieldsSeq(c.ask) {
 				if owner[w] != "" {
 					t.Errorf("%q is a word of %q and in the question of %q", w, owner[w], c.ask)
 				}
@@ -72,7 +72,7 @@ func TestAnswersAreRightAndEven(t *testing.T) {
 	files := generate(defaultSeed)
 	kind := map[string]string{} // word to the text that asks for it
 	for _, c := range english {
-		for _, w := range strings.Fields(c.words) {
+		for w := range strings.FieldsSeq(c.words) {
 			kind[w] = "Which of these is " + c.ask + "?"
 		}
 	}
