@@ -82,7 +82,7 @@ func (a *api) chat(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	letter, longest := "A", -1
-	for _, line := range strings.SplitSeq(request.Messages[0].Content, "\n") {
+	for line := range strings.SplitSeq(request.Messages[0].Content, "\n") {
 		if len(line) > 3 && line[1] == '.' && len(line) > longest {
 			letter, longest = line[:1], len(line)
 		}
