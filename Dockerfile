@@ -24,6 +24,8 @@ ARG HONE_MARCH=x86-64-v3
 RUN make build HONE_MARCH=$HONE_MARCH
 
 FROM debian:bookworm-slim
+# OpenMP's run-time, which the slim image lacks. /usr/lib is where the loader looks by itself.
+COPY --from=build /usr/lib/*-linux-gnu/libgomp.so.1* /usr/lib/
 # The default model comes from the Hugging Face hub, over TLS.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /src/bin/hone /usr/local/bin/hone

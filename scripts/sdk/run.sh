@@ -22,7 +22,7 @@ finish() {
 	trap - EXIT INT TERM
 	kill "$server" 2>/dev/null || true
 	wait "$server" 2>/dev/null || true
-	if [ "$code" -ne 0 ]; then
+	if [ "$code" -ne 0 ] && [ "$code" -lt 128 ]; then
 		echo "== the end of the server's log" >&2
 		tail -n 40 "$home/server.log" >&2
 	fi
