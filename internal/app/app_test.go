@@ -32,8 +32,8 @@ import (
 // prompt, and a trainer that learns nothing.
 const smallRoles = "HONE_TEST_SMALL_ROLES=1"
 
-// realRoles plays the children with the real engine; it is set where the engine is linked.
-var realRoles func(args []string) (code int, ok bool)
+// RealRoles plays hone with the real engine; it is set where the engine is linked, and ok is false for a test's own flags.
+var RealRoles func(args []string) (code int, ok bool)
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Getenv("HONE_TEST_SMALL_ROLES") != "" {
@@ -44,8 +44,8 @@ func TestMain(m *testing.M) {
 			os.Exit(smallTrainer(bufio.NewReader(os.Stdin)))
 		}
 	}
-	if realRoles != nil && len(os.Args) > 1 {
-		if code, ok := realRoles(os.Args[1:]); ok {
+	if RealRoles != nil && len(os.Args) > 1 {
+		if code, ok := RealRoles(os.Args[1:]); ok {
 			os.Exit(code)
 		}
 	}

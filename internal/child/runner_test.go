@@ -62,7 +62,7 @@ func TestGenerate(t *testing.T) {
 // TestSocketDir puts sockets where they are wanted, and elsewhere if their paths would be too long.
 func TestSocketDir(t *testing.T) {
 	t.Parallel()
-	short, err := os.MkdirTemp("/tmp", "s")
+	short, err := os.MkdirTemp("/tmp", "s") //nolint:usetesting // t.TempDir may be too long
 	if err != nil {
 		t.Fatal(err)
 	}
