@@ -235,6 +235,7 @@ type Status struct {
 	Completions   int64    `json:"completions"`   // requests that ended, in whatever way
 	Generated     int64    `json:"generated"`     // tokens sampled
 	Decodes       int64    `json:"decodes"`       // batches
+	Displaced     int64    `json:"displaced"`     // times that a running sequence had to wait because the cache was full
 }
 
 // Status returns a snapshot taken between two batches.

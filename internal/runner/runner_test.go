@@ -35,7 +35,8 @@ func TestMain(m *testing.M) {
 		shared.runner.Close()
 	}
 	if code == 0 {
-		if err := goleak.Find(); err != nil {
+		// The thread that starts children lives as long as the process.
+		if err := goleak.Find(goleak.IgnoreTopFunction("github.com/hone-llm/hone/internal/child.forkThread")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
@@ -435,6 +436,9 @@ func TestCacheOverflow(t *testing.T) {
 			t.Errorf("crowded: %q, alone: %q", got[i].Text, want[i].Text)
 		}
 	}
+	if status, err := r.Status(t.Context()); err != nil || status.Displaced == 0 {
+		t.Errorf("no sequence had to wait for room, so nothing was tested: %+v, %v", status, err)
+	}
 	r.Close()
 	if _, err := generate(t.Context(), r, child.GenerateRequest{Messages: chat("x")}); err == nil {
 		t.Error("a closed runner answered")
@@ -507,8 +511,8 @@ func TestAdapters(t *testing.T) {
 	withOne := ask(t, r, request(one))
 	ask(t, r, request(two))
 	withTwo := ask(t, r, request(two))
-	if a, b, c := distance(base, withOne), distance(base, withTwo), distance(withOne, withTwo); min(a, b, c) < 0.8 {
-		t.Errorf("the adapters are too weak for this test: distances %.2f, %.2f, %.2f", a, b, c)
+	if distance(base, withOne) == 0 || distance(base, withTwo) == 0 || distance(withOne, withTwo) == 0 {
+		t.Error("the adapters change nothing")
 	}
 	for range 2 {
 		if diff := cmp.Diff(base.LogProbs, ask(t, r, request(nil)).LogProbs); diff != "" {
@@ -531,9 +535,12 @@ func TestAdapters(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			// See series: the same logits differ by up to 0.5, those of two adapters by more.
-			if d := distance(got, c.want); d > 0.7 {
-				t.Errorf("request %d at the same time is %.2f from what it says alone; alone: %.2f from base, %.2f from one, %.2f from two", i, d, distance(got, base), distance(got, withOne), distance(got, withTwo))
+			// See series: not equal, but nearer to what the same adapter says alone than to what another does.
+			own := distance(got, c.want)
+			for _, other := range []answer{base, withOne, withTwo} {
+				if d := distance(got, other); d < own {
+					t.Errorf("request %d at the same time is %.2f from what it says alone and %.2f from what another adapter says", i, own, d)
+				}
 			}
 		})
 	}

@@ -386,7 +386,7 @@ func (s *scheduler) decode() {
 	}
 	for _, q := range s.running {
 		if left := len(q.tokens) - len(q.slot.tokens); left > 1 {
-			if n := min(left, stepTokens-s.batch.Len()); n > 0 {
+			if n := min(left, s.context.BatchTokens()-s.batch.Len()); n > 0 {
 				add(q, n)
 			}
 		}
@@ -475,6 +475,7 @@ func (s *scheduler) makeRoom() bool {
 	s.giveUp(last)
 	s.waiting = slices.Insert(s.waiting, 0, last)
 	s.crowded = true
+	s.counters.Displaced++
 	return true
 }
 
