@@ -1,6 +1,7 @@
 package llama
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -106,7 +107,7 @@ func TestClosedModel(t *testing.T) {
 	m.Close()
 	m.Close()
 	(*Model)(nil).Close()
-	if _, err := m.Tokenize("x", false, false); err != ErrClosed {
+	if _, err := m.Tokenize("x", false, false); !errors.Is(err, ErrClosed) {
 		t.Errorf("Tokenize after Close: %v", err)
 	}
 	if m.Piece(1) != nil || m.VocabularySize() != 0 || m.ChatTemplate() != "" {

@@ -148,7 +148,7 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(context.Canceled)
-	defer context.AfterFunc(r.scheduler.stopping, func() { cancel(ErrStopping) })()
+	defer context.AfterFunc(r.scheduler.stopping, func() { cancel(ErrStopping) })() //nolint:contextcheck // it is the runner's end, which ends the request too
 
 	if err := check(req); err != nil {
 		return err
