@@ -295,7 +295,6 @@ func servedLogits(t *testing.T, m *llama.Model, adapter *llama.Adapter, tokens [
 		if err := context.SetAdapter(adapter, 1); err != nil {
 			t.Fatal(err)
 		}
-		defer context.SetAdapter(nil, 0) // before the adapter is freed; the context is closed anyway
 	}
 	batch := llama.NewBatch(len(tokens))
 	defer batch.Close()
@@ -334,13 +333,13 @@ func TestPlan(t *testing.T) {
 	const weights = 134_515_008
 	all := []string{"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 	auto := child.TrainPlan{
-		R: 16, LoraAlpha: 32, LoraDropout: 0.05, TargetModules: all, LearningRate: 2e-3, LearningRateMultiplier: 1, NumTrainEpochs: 3, BatchSize: 8,
-		WarmupSteps: 6, LRScheduler: "cosine", AdamBeta1: 0.9, AdamBeta2: 0.999, AdamEpsilon: 1e-8, MaxGradNorm: 1, MaxLength: 2048, TotalSteps: 192, Seed: 1,
+		R: 16, LoraAlpha: 32, LoraDropout: 0.05, TargetModules: all, LearningRate: 1e-3, LearningRateMultiplier: 1, NumTrainEpochs: 3, BatchSize: 4,
+		WarmupSteps: 39, LRScheduler: "cosine", AdamBeta1: 0.9, AdamBeta2: 0.999, AdamEpsilon: 1e-8, MaxGradNorm: 1, MaxLength: 2048, TotalSteps: 384, Seed: 1,
 	}
 	student := auto
-	student.R, student.LoraAlpha, student.TargetModules, student.LearningRate, student.LearningRateMultiplier = 8, 16, []string{"q_proj", "v_proj"}, 2e-4, 0.1
+	student.R, student.LoraAlpha, student.TargetModules, student.LearningRate, student.LearningRateMultiplier = 8, 16, []string{"q_proj", "v_proj"}, 2e-4, 0.2
 	few := auto
-	few.NumTrainEpochs, few.BatchSize, few.TotalSteps, few.WarmupSteps = 10, 1, 200, 6
+	few.NumTrainEpochs, few.BatchSize, few.TotalSteps, few.WarmupSteps = 10, 1, 200, 20
 	limited := auto
 	limited.NumTrainEpochs, limited.TotalSteps, limited.WarmupSteps = 1, 5, 1
 	for name, test := range map[string]struct {
@@ -352,7 +351,7 @@ func TestPlan(t *testing.T) {
 		"all-linear":       {child.TrainOptions{TargetModules: []string{"all-linear"}}, 510, auto},
 		"few rows":         {child.TrainOptions{}, 20, few},
 		"max_steps":        {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
-		"the first user's": {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
+		"first user":      {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
 	} {
 		got, err := NewPlan(test.options, test.rows, weights, 2048, 1)
 		if err != nil {
@@ -363,7 +362,7 @@ func TestPlan(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	if rate := AutoLearningRate(8e9); rate != 2.6e-4 {
+	if rate := AutoLearningRate(8e9); rate != 1.3e-4 {
 		t.Errorf("rate for 8 billion weights: %g", rate)
 	}
 }
