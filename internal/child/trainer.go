@@ -19,7 +19,8 @@ type TrainerOptions struct {
 	Logger *slog.Logger // nil drops the log
 }
 
-// trainerNice lets requests that are answered meanwhile go first.
+// trainerNice lets requests that are answered meanwhile go first; so does waiting asleep at the barriers of the
+// engine's threads (OMP_WAIT_POLICY), which costs a trainer nothing: its operations are long.
 const trainerNice = 10
 
 // Trainer is a started trainer: one attempt at a job. Its methods may be called from several goroutines.
@@ -40,7 +41,7 @@ func StartTrainer(opts TrainerOptions) (*Trainer, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	process, err := Start(context.Background(), Options{
-		Exe: opts.Exe, Args: opts.Args, Env: opts.Env, Config: opts.Config, Stderr: opts.Stderr, Nice: trainerNice,
+		Exe: opts.Exe, Args: opts.Args, Env: append([]string{"OMP_WAIT_POLICY=passive"}, opts.Env...), Config: opts.Config, Stderr: opts.Stderr, Nice: trainerNice,
 	})
 	if err != nil {
 		return nil, err

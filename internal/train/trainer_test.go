@@ -347,11 +347,11 @@ func TestPlan(t *testing.T) {
 		rows    int
 		want    child.TrainPlan
 	}{
-		"auto":             {child.TrainOptions{}, 510, auto},
-		"all-linear":       {child.TrainOptions{TargetModules: []string{"all-linear"}}, 510, auto},
-		"few rows":         {child.TrainOptions{}, 20, few},
-		"max_steps":        {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
-		"first user":      {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
+		"auto":       {child.TrainOptions{}, 510, auto},
+		"all-linear": {child.TrainOptions{TargetModules: []string{"all-linear"}}, 510, auto},
+		"few rows":   {child.TrainOptions{}, 20, few},
+		"max_steps":  {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
+		"first user": {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
 	} {
 		got, err := NewPlan(test.options, test.rows, weights, 2048, 1)
 		if err != nil {
