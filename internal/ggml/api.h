@@ -7,7 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { HONE_MAX_DIMS = 4, HONE_MAX_SRC = 10, HONE_MAX_OP_PARAMS = 64, HONE_MAX_NAME = 64 };
+#ifndef HONE_STRUCT
+#define HONE_STRUCT(name) struct name
+#endif
 
 struct ggml_context;
 struct ggml_cgraph;
@@ -15,25 +17,39 @@ struct ggml_gallocr;
 struct ggml_backend;
 struct ggml_backend_buffer;
 struct ggml_backend_buffer_type;
+struct ggml_tensor;
+struct ggml_type_traits;
 
-struct ggml_tensor {
-	int type; // enum ggml_type
+enum {
+	HONE_GGML_TYPE_F32 = 0,
+	HONE_GGML_TYPE_I32 = 26,
+	HONE_GGML_TYPE_BF16 = 30,
+	HONE_GGML_STATUS_ALLOC_FAILED = -2,
+	HONE_GGML_STATUS_SUCCESS = 0,
+	HONE_GGML_STATUS_ABORTED = 1,
+	HONE_GGML_ROPE_TYPE_NEOX = 2,
+	HONE_GGML_N_TASKS_MAX = -1,
+};
+
+// Enums of the library are unsigned int here, which is the type that they have.
+HONE_STRUCT(ggml_tensor) {
+	unsigned int type;
 	struct ggml_backend_buffer *buffer;
-	int64_t ne[HONE_MAX_DIMS];
-	size_t nb[HONE_MAX_DIMS];
-	int op; // enum ggml_op
-	int32_t op_params[HONE_MAX_OP_PARAMS / sizeof(int32_t)];
+	int64_t ne[4];
+	size_t nb[4];
+	unsigned int op;
+	int32_t op_params[16];
 	int32_t flags;
-	struct ggml_tensor *src[HONE_MAX_SRC];
+	struct ggml_tensor *src[10];
 	struct ggml_tensor *view_src;
 	size_t view_offs;
 	void *data;
-	char name[HONE_MAX_NAME];
+	char name[64];
 	void *extra;
 	char padding[8];
 };
 
-struct ggml_init_params {
+HONE_STRUCT(ggml_init_params) {
 	size_t mem_size;
 	void *mem_buffer;
 	bool no_alloc;
@@ -42,7 +58,7 @@ struct ggml_init_params {
 typedef void (*ggml_to_float_t)(const void *x, float *y, int64_t k);
 typedef void (*ggml_from_float_t)(const float *x, void *y, int64_t k);
 
-struct ggml_type_traits {
+HONE_STRUCT(ggml_type_traits) {
 	const char *type_name;
 	int64_t blck_size;
 	int64_t blck_size_interleave;
@@ -59,9 +75,9 @@ struct ggml_context *ggml_init(struct ggml_init_params params);
 void ggml_free(struct ggml_context *ctx);
 size_t ggml_tensor_overhead(void);
 size_t ggml_graph_overhead_custom(size_t size, bool grads);
-const struct ggml_type_traits *ggml_get_type_traits(int type);
+const struct ggml_type_traits *ggml_get_type_traits(unsigned int type);
 
-struct ggml_tensor *ggml_new_tensor_4d(struct ggml_context *ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3);
+struct ggml_tensor *ggml_new_tensor_4d(struct ggml_context *ctx, unsigned int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3);
 struct ggml_tensor *ggml_view_3d(struct ggml_context *ctx, struct ggml_tensor *a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offset);
 struct ggml_tensor *ggml_set_name(struct ggml_tensor *tensor, const char *name);
 struct ggml_tensor *ggml_add(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
@@ -72,7 +88,7 @@ struct ggml_tensor *ggml_rope_ext(struct ggml_context *ctx, struct ggml_tensor *
 	int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast, float beta_slow);
 struct ggml_tensor *ggml_rope_ext_back(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, struct ggml_tensor *c, int n_dims, int mode,
 	int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast, float beta_slow);
-struct ggml_tensor *ggml_custom_4d(struct ggml_context *ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+struct ggml_tensor *ggml_custom_4d(struct ggml_context *ctx, unsigned int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
 	struct ggml_tensor **args, int n_args, ggml_custom_op_t fun, int n_tasks, void *userdata);
 struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args,
 	ggml_custom_op_t fun, int n_tasks, void *userdata);

@@ -15,8 +15,8 @@ package ggml
 #include <stdlib.h>
 #include "kernels.h"
 
-static void to_float(int type, const void *src, float *dst, int64_t n) { ggml_get_type_traits(type)->to_float(src, dst, n); }
-static bool has_to_float(int type) { return ggml_get_type_traits(type)->to_float != 0; }
+static void to_float(unsigned int type, const void *src, float *dst, int64_t n) { ggml_get_type_traits(type)->to_float(src, dst, n); }
+static bool has_to_float(unsigned int type) { return ggml_get_type_traits(type)->to_float != 0; }
 static struct ggml_context *new_context(size_t bytes) {
 	struct ggml_init_params p = { bytes, NULL, true };
 	return ggml_init(p);
@@ -42,9 +42,9 @@ type Type int32
 
 // The types that tensors of our own have; a model's weights may have any type of the file format.
 const (
-	F32  Type = 0
-	I32  Type = 26
-	BF16 Type = 30
+	F32  Type = C.HONE_GGML_TYPE_F32
+	I32  Type = C.HONE_GGML_TYPE_I32
+	BF16 Type = C.HONE_GGML_TYPE_BF16
 )
 
 // ErrAborted reports a computation that Backend.Abort ended.
@@ -57,7 +57,7 @@ var ErrMemory = errors.New("out of memory")
 func HasBF16() bool { return C.ggml_cpu_has_avx512_bf16() != 0 }
 
 // Dequantizable reports whether rows of the type can be expanded to float32.
-func Dequantizable(t Type) bool { return t == F32 || bool(C.has_to_float(C.int(t))) }
+func Dequantizable(t Type) bool { return t == F32 || bool(C.has_to_float(C.uint(t))) }
 
 // Dequantize expands len(dst) elements of src, which holds whole blocks of type t, to float32.
 func Dequantize(dst []float32, t Type, src []byte) {
@@ -68,7 +68,7 @@ func Dequantize(dst []float32, t Type, src []byte) {
 		copy(dst, unsafe.Slice((*float32)(unsafe.Pointer(&src[0])), len(dst)))
 		return
 	}
-	C.to_float(C.int(t), unsafe.Pointer(&src[0]), (*C.float)(&dst[0]), C.int64_t(len(dst)))
+	C.to_float(C.uint(t), unsafe.Pointer(&src[0]), (*C.float)(&dst[0]), C.int64_t(len(dst)))
 }
 
 // Tensor is a node or a leaf. It belongs to its Context and is invalid after Context.Free.
@@ -144,7 +144,7 @@ func (x *Context) New(t Type, sizes ...int) Tensor {
 	for i, s := range sizes {
 		ne[i] = C.int64_t(s)
 	}
-	return Tensor{C.ggml_new_tensor_4d(x.c, C.int(t), ne[0], ne[1], ne[2], ne[3])}
+	return Tensor{C.ggml_new_tensor_4d(x.c, C.uint(t), ne[0], ne[1], ne[2], ne[3])}
 }
 
 // View is a contiguous part of t with the given sizes, from element offset on. t must not be quantised.
@@ -204,7 +204,7 @@ type Rope struct {
 
 func (r Rope) mode() C.int {
 	if r.NeoX {
-		return 2
+		return C.HONE_GGML_ROPE_TYPE_NEOX
 	}
 	return 0
 }
@@ -433,11 +433,11 @@ func (b *Backend) Compute(g *Graph, a *Allocator) error {
 	b.nodes.Store(int32(g.Nodes()))
 	atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.nodes)), 0)
 	switch status := C.ggml_backend_graph_compute(b.c, g.c); status {
-	case 0:
+	case C.HONE_GGML_STATUS_SUCCESS:
 		return nil
-	case 1:
+	case C.HONE_GGML_STATUS_ABORTED:
 		return ErrAborted
-	case -2:
+	case C.HONE_GGML_STATUS_ALLOC_FAILED:
 		return fmt.Errorf("compute: %w", ErrMemory)
 	default:
 		return &engine.Error{Op: "ggml_backend_graph_compute", Code: int(status)}

@@ -467,11 +467,11 @@ static struct ggml_tensor *with_params(struct ggml_tensor *t, const int32_t *p, 
 }
 
 struct ggml_tensor *hone_custom(struct ggml_context *ctx, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *p, int n_params) {
-	return with_params(ggml_custom_4d(ctx, 0 /* F32 */, ne0, ne1, 1, 1, args, n_args, ops[op], -1, NULL), p, n_params);
+	return with_params(ggml_custom_4d(ctx, HONE_GGML_TYPE_F32, ne0, ne1, 1, 1, args, n_args, ops[op], HONE_GGML_N_TASKS_MAX, NULL), p, n_params);
 }
 
 struct ggml_tensor *hone_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args, int op, const int32_t *p, int n_params) {
-	return with_params(ggml_custom_inplace(ctx, a, args, n_args, ops[op], -1, NULL), p, n_params);
+	return with_params(ggml_custom_inplace(ctx, a, args, n_args, ops[op], HONE_GGML_N_TASKS_MAX, NULL), p, n_params);
 }
 
 // ---- conversion at load ------------------------------------------------------------------------------------------
