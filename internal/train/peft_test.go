@@ -1,0 +1,128 @@
+//go:build peft
+
+package train
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"math"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/lora"
+)
+
+// TestPEFTLoadsExportedAdapter exports a random adapter of all modules and compares the logits that PEFT computes from
+// the exported directory, over the dequantised base in float32, with the trainer's. $HONE_PYTHON is a Python with
+// scripts/golden/requirements.txt.
+func TestPEFTLoadsExportedAdapter(t *testing.T) {
+	python := os.Getenv("HONE_PYTHON")
+	if python == "" {
+		t.Fatal("HONE_PYTHON is not set: run make test-peft")
+	}
+	for name, path := range map[string]string{"tiny": "testdata/tiny-llama-q4_1.gguf", "default model": testModel(t)} {
+		t.Run(name, func(t *testing.T) {
+			backend, err := ggml.NewCPU(2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer backend.Close()
+			file, err := gguf.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			model, err := graph.Load(file, backend, graph.ExactLayout())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer model.Close()
+			options := graph.LoRAOptions{Rank: 5, Alpha: 12, Modules: graph.AllLinear}
+			adapter, err := model.NewLoRA(options)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer adapter.Close()
+			initialise(adapter, 3)
+			random := rand.New(rand.NewPCG(8, 9))
+			w := lora.Weights{
+				Manifest: lora.Manifest{
+					ID: "peft", Name: "ft:base:local::peft", BaseModel: "base", BaseDigest: strings.Repeat("0a", 32), JobID: "ftjob-peft",
+					Rank: options.Rank, Alpha: options.Alpha, MaxLength: 100,
+				},
+				Architecture: "llama", Heads: model.Heads.Query, KVHeads: model.Heads.KeyValue,
+			}
+			for _, p := range adapter.Parts {
+				for i := range options.Rank * p.Out {
+					adapter.Parameters[p.B+i] = float32(random.NormFloat64() * 0.05)
+				}
+				a, b := adapter.Matrices(adapter.Parameters, p)
+				w.Modules = append(w.Modules, lora.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
+			}
+			dir := t.TempDir()
+			if err := lora.Export(filepath.Join(dir, "adapter"), w); err != nil {
+				t.Fatal(err)
+			}
+			var tokens []engine.Token
+			b := graph.Batch{Rows: []int{0, 40}}
+			for i := range 40 {
+				tokens = append(tokens, engine.Token(random.IntN(model.Vocabulary)))
+				b.Targets = append(b.Targets, graph.Target{Position: i, Weight: 1})
+			}
+			b.Tokens = tokens
+			ours, err := model.Logits(b, adapter)
+			if err != nil {
+				t.Fatal(err)
+			}
+			base, err := model.Logits(b, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+
+			rows, err := json.Marshal([][]engine.Token{tokens})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "tokens.json"), rows, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			absolute, err := filepath.Abs(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out := filepath.Join(dir, "logits.f32")
+			script := exec.CommandContext(t.Context(), python, "../../scripts/golden/peft_check.py", absolute, filepath.Join(dir, "adapter"), filepath.Join(dir, "tokens.json"), out)
+			if text, err := script.CombinedOutput(); err != nil {
+				t.Fatalf("peft_check.py: %v\n%s", err, text)
+			}
+			data, err := os.ReadFile(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(data) != 4*len(tokens)*model.Vocabulary {
+				t.Fatalf("%d bytes of logits, expected %d", len(data), 4*len(tokens)*model.Vocabulary)
+			}
+			worst, moved := 0.0, 0.0
+			for i := range ours {
+				theirs := make([]float32, model.Vocabulary)
+				for j := range theirs {
+					theirs[j] = math.Float32frombits(binary.LittleEndian.Uint32(data[4*(i*model.Vocabulary+j):]))
+				}
+				worst = max(worst, maxDifference(t, ours[i], theirs))
+				moved = max(moved, maxDifference(t, ours[i], base[i]))
+			}
+			t.Logf("largest difference of a logit from PEFT's: %.2g; the adapter moves logits by up to %.2f", worst, moved)
+			if worst > 2e-3 || moved < 0.5 { // float32 sums in another order
+				t.Errorf("logits differ from PEFT's by up to %g; the adapter moves them by up to %g", worst, moved)
+			}
+		})
+	}
+}
