@@ -466,7 +466,7 @@ func (t *trainer) optimize(rows []int, epoch int, schedule Schedule) error {
 	for _, r := range rows {
 		tokens += len(t.data.Rows[r].Tokens)
 	}
-	t.beginStep(tokens, epoch, rows)
+	t.beginStep(tokens, epoch)
 	clear(t.lora.Gradients)
 	var total sums
 	for _, run := range t.data.Pack(rows, microTokens) {
@@ -580,7 +580,7 @@ func (t *trainer) export() error {
 
 // ---- progress ----------------------------------------------------------------------------------------------------
 
-func (t *trainer) beginStep(tokens, epoch int, rows []int) {
+func (t *trainer) beginStep(tokens, epoch int) {
 	p := &t.progress
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -591,8 +591,7 @@ func (t *trainer) beginStep(tokens, epoch int, rows []int) {
 		}
 	}
 	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
-	// Steps left times the mean tokens of a step.
-	perStep := float64(t.data.Tokens) / float64(len(t.data.Rows)) * float64(len(rows))
+	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize))
 	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
 }
 
