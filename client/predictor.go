@@ -184,12 +184,13 @@ func (p *Predictor) Run(ctx context.Context, questions []Question, emit func(Pre
 				return context.Cause(ctx)
 			}
 			group.Go(func() error {
-				defer func() { <-slots }()
 				prediction, err := p.Predict(ctx, q)
-				if err == nil {
-					result <- prediction
+				if err != nil {
+					return err // and keep the slot: no further question is to meet the same error first
 				}
-				return err
+				result <- prediction
+				<-slots
+				return nil
 			})
 		}
 		return nil
