@@ -144,6 +144,9 @@ func validateRow(line []byte) error {
 	if row.Messages == nil {
 		return fmt.Errorf(`no "messages"; expected an object {"messages": [...]}, this one has %s`, keys(line))
 	}
+	if len(row.Tools) > 0 {
+		return errors.New("tools is not empty; expected a conversation without tools: training does not show them to the model yet")
+	}
 	if len(*row.Messages) == 0 {
 		return errors.New("messages is empty; expected at least a user and an assistant message")
 	}

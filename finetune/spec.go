@@ -99,7 +99,7 @@ func checkOptions(o *child.TrainOptions) error {
 	notNegative := func(v float64) bool { return v >= 0 && v < 1e30 }
 	belowOne := func(v float64) bool { return v >= 0 && v < 1 }
 
-	whole("r", o.R, 1, 512)
+	whole("r", o.R, 1, 256)
 	number("lora_alpha", o.LoraAlpha, positive, "more than 0")
 	number("lora_dropout", o.LoraDropout, belowOne, "at least 0 and less than 1")
 	for _, module := range o.TargetModules {

@@ -130,7 +130,7 @@ type TrainOptions struct {
 	AdamBeta1              *float64 `json:"adam_beta1,omitempty"`
 	AdamBeta2              *float64 `json:"adam_beta2,omitempty"`
 	AdamEpsilon            *float64 `json:"adam_epsilon,omitempty"`
-	MaxGradNorm            *float64 `json:"max_grad_norm,omitempty"` // auto: 1
+	MaxGradNorm            *float64 `json:"max_grad_norm,omitempty"` // auto: 1; 0 turns clipping off
 	MaxLength              *int     `json:"max_length,omitempty"`    // auto: min(model context, 2048); longer rows are dropped and counted
 	MaxSteps               *int     `json:"max_steps,omitempty"`
 	SaveMinutes            *float64 `json:"save_minutes,omitempty"`      // auto: 5; resume state also at every epoch end

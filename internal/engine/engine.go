@@ -1,5 +1,5 @@
-// Package engine holds the plain types of compute that the engines (llama, graph, reference) and their users
-// (runner, train, prompt) share. It imports no cgo.
+// Package engine holds the plain types of compute that the engines (llama, graph) and their users (runner, train,
+// prompt) share. It imports no cgo.
 package engine
 
 import "fmt"

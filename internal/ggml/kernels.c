@@ -51,8 +51,7 @@ bool hone_watch_callback(void *data) {
 	return __atomic_load_n(&w->stop, __ATOMIC_RELAXED) != 0;
 }
 
-// Scratch memory of the calling thread, at least n floats. ggml starts new threads for every computation, so it is
-// freed when the thread ends.
+// Scratch memory of the calling thread, at least n floats, kept for its next call and freed when the thread ends.
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 static __thread float *scratch_data;

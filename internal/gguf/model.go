@@ -16,7 +16,7 @@ const (
 	minModelAlignment = 32
 )
 
-// denseArchitectures are those whose tensors are checked one by one, and that can be trained.
+// denseArchitectures are those whose tensors are checked one by one.
 var denseArchitectures = []string{"llama", "qwen2", "qwen3"}
 
 // architectures are the text generators that the engine knows (LLM_ARCH_NAMES of llama-arch.cpp, without those that

@@ -109,7 +109,7 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 	if o.Dropout < 0 || o.Dropout >= 1 {
 		return nil, fmt.Errorf("dropout %g: expected at least 0 and less than 1", o.Dropout)
 	}
-	l := &LoRA{LoRAOptions: o, PaddedRank: (o.Rank + 15) / 16 * 16}
+	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank)}
 	l.Modules = slices.Sorted(slices.Values(o.Modules))
 	size := 0
 	for layer := range m.layers {
@@ -131,6 +131,8 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 	clear(l.Gradients)
 	return l, nil
 }
+
+func paddedRank(rank int) int { return (rank + 15) / 16 * 16 }
 
 // Close frees the adapter's memory; it may be called twice.
 func (l *LoRA) Close() {

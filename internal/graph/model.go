@@ -216,10 +216,10 @@ func (s Shape) WeightBytes(l Layout) int {
 }
 
 // TokenBytes estimates the memory that the graph of a micro-batch takes for each of its tokens: what the backward
-// pass needs of every layer, in float32.
-func (s Shape) TokenBytes() int {
+// pass needs of every layer, in float32, with LoRA of the given rank on every module.
+func (s Shape) TokenBytes(rank int) int {
 	q, kv := s.Heads.Query*s.Heads.Size, s.Heads.KeyValue*s.Heads.Size
-	kept := 2*s.Embedding + 2*q + 2*kv + 2*s.FeedForward + 7*32 // and A x of seven modules
+	kept := 2*s.Embedding + 2*q + 2*kv + 2*s.FeedForward + int(modules)*paddedRank(rank) // the last is A x of every module
 	return 4 * (s.Layers*kept + 8*s.Embedding + 8*s.FeedForward)
 }
 

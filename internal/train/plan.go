@@ -124,7 +124,7 @@ func validate(p child.TrainPlan) error {
 		{!(p.AdamBeta1 >= 0 && p.AdamBeta1 < 1), "adam_beta1", "at least 0 and less than 1"},
 		{!(p.AdamBeta2 >= 0 && p.AdamBeta2 < 1), "adam_beta2", "at least 0 and less than 1"},
 		{!(p.AdamEpsilon > 0), "adam_epsilon", "more than 0"},
-		{!(p.MaxGradNorm > 0), "max_grad_norm", "more than 0"},
+		{!(p.MaxGradNorm >= 0), "max_grad_norm", "at least 0"},
 	} {
 		if c.bad {
 			return &OptionError{c.option, "expected " + c.expected}

@@ -332,7 +332,7 @@ func (t *trainer) chooseLayout(shape graph.Shape, state *resumeState) (graph.Lay
 		if err != nil {
 			return graph.Layout{}, err
 		}
-		rest := microTokens*shape.TokenBytes() + 256<<20
+		rest := microTokens*shape.TokenBytes(t.plan.R) + 256<<20
 		exact, small := shape.WeightBytes(graph.ExactLayout())+rest, shape.WeightBytes(graph.SmallLayout())+rest
 		if small > free {
 			return graph.Layout{}, &child.Error{
@@ -483,7 +483,7 @@ func (t *trainer) optimize(rows []int, epoch int, schedule Schedule) error {
 	gradientNorm := norm(t.lora.Gradients) / total.weight
 	if finite(total.loss) && finite(gradientNorm) {
 		scale := 1 / total.weight
-		if gradientNorm > t.plan.MaxGradNorm {
+		if t.plan.MaxGradNorm > 0 && gradientNorm > t.plan.MaxGradNorm { // 0 turns clipping off, as in HF
 			scale *= t.plan.MaxGradNorm / gradientNorm
 		}
 		optimizer := AdamW{t.plan.AdamBeta1, t.plan.AdamBeta2, t.plan.AdamEpsilon, t.plan.WeightDecay}
