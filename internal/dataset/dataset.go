@@ -17,7 +17,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/hone-llm/hone/internal/prompt"
@@ -61,11 +60,7 @@ func Read(ctx context.Context, path string, builder *prompt.Builder, maxLength i
 		return nil, fmt.Errorf("dataset: %w", err)
 	}
 	defer f.Close()
-	d, err := read(ctx, f, builder, maxLength)
-	if err != nil {
-		return nil, fmt.Errorf("dataset %s: %w", filepath.Base(path), err)
-	}
-	return d, nil
+	return read(ctx, f, builder, maxLength) // its errors name the line; the path of a blob would say nothing to the user
 }
 
 func read(ctx context.Context, r io.Reader, builder *prompt.Builder, maxLength int) (*Dataset, error) {

@@ -10,14 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
-	"github.com/hone-llm/hone/internal/lora"
 )
 
 // TestPEFTLoadsExportedAdapter exports a random adapter of all modules and compares the logits that PEFT computes from
@@ -34,7 +32,7 @@ func TestPEFTLoadsExportedAdapter(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer backend.Close()
+			t.Cleanup(backend.Close)
 			file, err := gguf.Open(path)
 			if err != nil {
 				t.Fatal(err)
@@ -44,33 +42,10 @@ func TestPEFTLoadsExportedAdapter(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer model.Close()
-			options := graph.LoRAOptions{Rank: 5, Alpha: 12, Modules: graph.AllLinear}
-			adapter, err := model.NewLoRA(options)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer adapter.Close()
-			initialise(adapter, 3)
-			random := rand.New(rand.NewPCG(8, 9))
-			w := lora.Weights{
-				Manifest: lora.Manifest{
-					ID: "peft", Name: "ft:base:local::peft", BaseModel: "base", BaseDigest: strings.Repeat("0a", 32), JobID: "ftjob-peft",
-					Rank: options.Rank, Alpha: options.Alpha, MaxLength: 100,
-				},
-				Architecture: "llama", Heads: model.Heads.Query, KVHeads: model.Heads.KeyValue,
-			}
-			for _, p := range adapter.Parts {
-				for i := range options.Rank * p.Out {
-					adapter.Parameters[p.B+i] = float32(random.NormFloat64() * 0.05)
-				}
-				a, b := adapter.Matrices(adapter.Parameters, p)
-				w.Modules = append(w.Modules, lora.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
-			}
+			t.Cleanup(model.Close)
+			adapter, exported := randomAdapter(t, model)
+			random := rand.New(rand.NewPCG(12, 13))
 			dir := t.TempDir()
-			if err := lora.Export(filepath.Join(dir, "adapter"), w); err != nil {
-				t.Fatal(err)
-			}
 			var tokens []engine.Token
 			b := graph.Batch{Rows: []int{0, 40}}
 			for i := range 40 {
@@ -99,7 +74,7 @@ func TestPEFTLoadsExportedAdapter(t *testing.T) {
 				t.Fatal(err)
 			}
 			out := filepath.Join(dir, "logits.f32")
-			script := exec.CommandContext(t.Context(), python, "../../scripts/golden/peft_check.py", absolute, filepath.Join(dir, "adapter"), filepath.Join(dir, "tokens.json"), out)
+			script := exec.CommandContext(t.Context(), python, "../../scripts/golden/peft_check.py", absolute, exported, filepath.Join(dir, "tokens.json"), out)
 			if text, err := script.CombinedOutput(); err != nil {
 				t.Fatalf("peft_check.py: %v\n%s", err, text)
 			}

@@ -15,11 +15,8 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -28,9 +25,7 @@ import (
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
-	"github.com/hone-llm/hone/internal/llama"
 	"github.com/hone-llm/hone/internal/lora"
-	"github.com/hone-llm/hone/internal/prompt"
 )
 
 const (
@@ -130,23 +125,6 @@ type trainer struct {
 	skipped      int // steps in a row without an update
 
 	progress progress
-}
-
-// progress is what the reporting goroutine reads while the training goroutine computes.
-type progress struct {
-	mu           sync.Mutex
-	backend      *ggml.Backend
-	plan         child.TrainPlan
-	step         int
-	stepTokens   int           // of the current step
-	doneTokens   int           // of it, in finished micro-batches
-	microTokens  int           // of the running micro-batch
-	trained      int64         // tokens since this attempt began
-	training     time.Duration // that they took
-	stepBegan    time.Time     // zero outside of steps
-	tokensLeft   int64         // after the current step
-	validLeft    int64         // tokens still to be evaluated
-	validSeconds float64       // seconds per token of evaluation, once known
 }
 
 func (t *trainer) close() {
@@ -266,45 +244,6 @@ func (t *trainer) prepare(ctx context.Context) error {
 	return t.emit(child.TrainerEvent{Type: child.EventPlan, Plan: &t.plan, Step: t.step, TotalSteps: t.plan.TotalSteps})
 }
 
-func (t *trainer) readData(ctx context.Context, model string, maxLength int) error {
-	vocabulary, err := llama.LoadModel(model, llama.ModelOptions{VocabularyOnly: true})
-	if err != nil {
-		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
-	}
-	defer vocabulary.Close()
-	builder, err := prompt.Open(t.config.ModelDir, vocabulary.ChatTemplate(), vocabulary)
-	if err != nil {
-		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
-	}
-	defer builder.Close()
-	t.template = builder.TemplateDigest()
-	if t.data, err = dataset.Read(ctx, t.config.TrainingFile, builder, maxLength); err != nil {
-		return t.dataFailure(ctx, err, "training_file")
-	}
-	if t.config.ValidationFile != "" {
-		if t.valid, err = dataset.Read(ctx, t.config.ValidationFile, builder, maxLength); err != nil {
-			return t.dataFailure(ctx, err, "validation_file")
-		}
-	}
-	return nil
-}
-
-func (t *trainer) dataFailure(ctx context.Context, err error, param string) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	var line *dataset.LineError
-	if errors.As(err, &line) || errors.Is(err, dataset.ErrNoRows) {
-		// The path inside the data directory says nothing to the user: name the field instead.
-		message := strings.ReplaceAll(param, "_", " ") + ": " + err.Error()
-		if line != nil {
-			message = strings.ReplaceAll(param, "_", " ") + ", " + line.Error()
-		}
-		return &child.Error{Code: "invalid_" + param, Message: message, Param: param}
-	}
-	return err
-}
-
 func optionFailure(err error) error {
 	var option *OptionError
 	if errors.As(err, &option) {
@@ -320,55 +259,6 @@ func (t *trainer) datasetEvent() child.TrainerEvent {
 		e.DroppedRows += t.valid.Dropped
 	}
 	return e
-}
-
-// chooseLayout takes the exact layout if it fits into the free memory, else the small one and says so, else it refuses
-// with the numbers. A resumed job keeps what it had.
-func (t *trainer) chooseLayout(shape graph.Shape, state *resumeState) (graph.Layout, error) {
-	if state != nil {
-		t.small = state.Small
-	} else {
-		free, err := freeMemory()
-		if err != nil {
-			return graph.Layout{}, err
-		}
-		rest := microTokens*shape.TokenBytes(t.plan.R) + 256<<20
-		exact, small := shape.WeightBytes(graph.ExactLayout())+rest, shape.WeightBytes(graph.SmallLayout())+rest
-		if small > free {
-			return graph.Layout{}, &child.Error{
-				Code:    "insufficient_memory",
-				Message: fmt.Sprintf("training this model on the CPU takes %d MiB and %d MiB are free: free some memory or take a smaller base model", small>>20, free>>20),
-				Param:   "model",
-			}
-		}
-		if t.small = exact > free; t.small {
-			if err := t.warn("Training in bfloat16, with gradients 2%% less exact: the exact layout takes %d MiB and %d MiB are free", exact>>20, free>>20); err != nil {
-				return graph.Layout{}, err
-			}
-		}
-	}
-	if t.small {
-		return graph.SmallLayout(), nil
-	}
-	return graph.ExactLayout(), nil
-}
-
-// freeMemory is the kernel's estimate of what can be allocated without swapping, in bytes.
-func freeMemory() (int, error) {
-	data, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return 0, fmt.Errorf("free memory: %w", err)
-	}
-	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "MemAvailable:"); ok {
-			kib, err := strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(rest), " kB"))
-			if err != nil {
-				return 0, fmt.Errorf("free memory: %w", err)
-			}
-			return kib << 10, nil
-		}
-	}
-	return 0, errors.New("free memory: /proc/meminfo has no MemAvailable")
 }
 
 func (t *trainer) warn(format string, args ...any) error {
@@ -576,80 +466,4 @@ func (t *trainer) export() error {
 		w.Modules = append(w.Modules, lora.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
 	}
 	return lora.Export(t.config.AdapterDir, w)
-}
-
-// ---- progress ----------------------------------------------------------------------------------------------------
-
-func (t *trainer) beginStep(tokens, epoch int) {
-	p := &t.progress
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.backend == nil {
-		p.backend, p.plan = t.backend, t.plan
-		if t.valid != nil {
-			p.validLeft = int64(t.plan.NumTrainEpochs-epoch) * int64(t.valid.Tokens)
-		}
-	}
-	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
-	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize))
-	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
-}
-
-func (t *trainer) beginMicro(tokens int) {
-	t.progress.mu.Lock()
-	defer t.progress.mu.Unlock()
-	t.progress.doneTokens += t.progress.microTokens
-	t.progress.microTokens = tokens
-}
-
-func (t *trainer) endStep(tokens int, took time.Duration) {
-	t.progress.mu.Lock()
-	defer t.progress.mu.Unlock()
-	t.progress.trained += int64(tokens)
-	t.progress.training += took
-	t.progress.step, t.progress.stepTokens, t.progress.stepBegan = t.step, 0, time.Time{}
-}
-
-// reportProgress emits a progress event every second, also while one step computes, until done is closed.
-func (t *trainer) reportProgress(done <-chan struct{}) {
-	ticker := time.NewTicker(progressInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-done:
-			return
-		case <-ticker.C:
-			if err := t.emit(t.progress.event()); err != nil {
-				return // the parent is gone, which ends the attempt elsewhere
-			}
-		}
-	}
-}
-
-func (p *progress) event() child.TrainerEvent {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	e := child.TrainerEvent{Type: child.EventProgress, Step: p.step, TotalSteps: p.plan.TotalSteps}
-	if p.backend == nil {
-		return e // still reading data or loading the model
-	}
-	inStep := 0.0
-	took := p.training
-	if p.stepTokens > 0 {
-		inStep = float64(p.doneTokens) + float64(p.microTokens)*p.backend.Progress()
-		e.Fraction = min(0.999, inStep/float64(p.stepTokens))
-		took += time.Since(p.stepBegan)
-	}
-	if seconds := took.Seconds(); seconds > 0 {
-		e.TokensPerSecond = (float64(p.trained) + inStep) / seconds
-	}
-	if e.TokensPerSecond > 0 {
-		e.SecondsLeft = (float64(p.tokensLeft) + float64(p.stepTokens) - inStep) / e.TokensPerSecond
-		perToken := p.validSeconds
-		if perToken == 0 {
-			perToken = 0.4 / e.TokensPerSecond // a forward pass is about 40% of a step
-		}
-		e.SecondsLeft += float64(p.validLeft) * perToken
-	}
-	return e
 }

@@ -1,0 +1,100 @@
+package train
+
+import (
+	"sync"
+	"time"
+
+	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/ggml"
+)
+
+// progress is what the reporting goroutine reads while the training goroutine computes.
+type progress struct {
+	mu           sync.Mutex
+	backend      *ggml.Backend
+	plan         child.TrainPlan
+	step         int
+	stepTokens   int           // of the current step
+	doneTokens   int           // of it, in finished micro-batches
+	microTokens  int           // of the running micro-batch
+	trained      int64         // tokens since this attempt began
+	training     time.Duration // that they took
+	stepBegan    time.Time     // zero outside of steps
+	tokensLeft   int64         // after the current step
+	validLeft    int64         // tokens still to be evaluated
+	validSeconds float64       // seconds per token of evaluation, once known
+}
+
+func (t *trainer) beginStep(tokens, epoch int) {
+	p := &t.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.backend == nil {
+		p.backend, p.plan = t.backend, t.plan
+		if t.valid != nil {
+			p.validLeft = int64(t.plan.NumTrainEpochs-epoch) * int64(t.valid.Tokens)
+		}
+	}
+	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
+	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize))
+	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
+}
+
+func (t *trainer) beginMicro(tokens int) {
+	t.progress.mu.Lock()
+	defer t.progress.mu.Unlock()
+	t.progress.doneTokens += t.progress.microTokens
+	t.progress.microTokens = tokens
+}
+
+func (t *trainer) endStep(tokens int, took time.Duration) {
+	t.progress.mu.Lock()
+	defer t.progress.mu.Unlock()
+	t.progress.trained += int64(tokens)
+	t.progress.training += took
+	t.progress.step, t.progress.stepTokens, t.progress.stepBegan = t.step, 0, time.Time{}
+}
+
+// reportProgress emits a progress event every second, also while one step computes, until done is closed.
+func (t *trainer) reportProgress(done <-chan struct{}) {
+	ticker := time.NewTicker(progressInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-ticker.C:
+			if err := t.emit(t.progress.event()); err != nil {
+				return // the parent is gone, which ends the attempt elsewhere
+			}
+		}
+	}
+}
+
+func (p *progress) event() child.TrainerEvent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := child.TrainerEvent{Type: child.EventProgress, Step: p.step, TotalSteps: p.plan.TotalSteps}
+	if p.backend == nil {
+		return e // still reading data or loading the model
+	}
+	inStep := 0.0
+	took := p.training
+	if p.stepTokens > 0 {
+		inStep = float64(p.doneTokens) + float64(p.microTokens)*p.backend.Progress()
+		e.Fraction = min(0.999, inStep/float64(p.stepTokens))
+		took += time.Since(p.stepBegan)
+	}
+	if seconds := took.Seconds(); seconds > 0 {
+		e.TokensPerSecond = (float64(p.trained) + inStep) / seconds
+	}
+	if e.TokensPerSecond > 0 {
+		e.SecondsLeft = (float64(p.tokensLeft) + float64(p.stepTokens) - inStep) / e.TokensPerSecond
+		perToken := p.validSeconds
+		if perToken == 0 {
+			perToken = 0.4 / e.TokensPerSecond // a forward pass is about 40% of a step
+		}
+		e.SecondsLeft += float64(p.validLeft) * perToken
+	}
+	return e
+}
