@@ -136,6 +136,7 @@ func validateRow(line []byte) error {
 	var row struct {
 		Messages          *[]json.RawMessage `json:"messages"`
 		Tools             []json.RawMessage  `json:"tools"`
+		Functions         []json.RawMessage  `json:"functions"` // OpenAI's older word
 		ParallelToolCalls *bool              `json:"parallel_tool_calls"`
 	}
 	if err := json.Unmarshal(line, &row); err != nil {
@@ -145,7 +146,10 @@ func validateRow(line []byte) error {
 		return fmt.Errorf(`no "messages"; expected an object {"messages": [...]}, this one has %s`, keys(line))
 	}
 	if len(row.Tools) > 0 {
-		return errors.New("tools is not empty; expected a conversation without tools: training does not show them to the model yet")
+		return fmt.Errorf("tools is not empty; %s", noTools)
+	}
+	if len(row.Functions) > 0 {
+		return fmt.Errorf("functions is not empty; %s", noTools)
 	}
 	if len(*row.Messages) == 0 {
 		return errors.New("messages is empty; expected at least a user and an assistant message")
@@ -163,11 +167,8 @@ func validateRow(line []byte) error {
 			trained = true
 		}
 		previous = m.Role
-		if len(m.ToolCalls) > 0 {
-			previous = "assistant with tool calls"
-		}
 	}
-	if previous != "assistant" && previous != "assistant with tool calls" {
+	if previous != "assistant" {
 		return fmt.Errorf("the last message has role %q; expected assistant, whose answer is learnt", previous)
 	}
 	if !trained {
@@ -176,23 +177,31 @@ func validateRow(line []byte) error {
 	return nil
 }
 
+// noTools ends the refusal of a row that would be learnt without what its tools said and did.
+const noTools = "training on tools is not available yet: expected a conversation of system, user and assistant messages"
+
 // follows lists, for each role, what may come before it; "" is the beginning.
 var follows = map[string][]string{
 	"system":    {""},
 	"developer": {""},
 	"user":      {"", "system", "developer", "assistant"},
-	"assistant": {"user", "tool"},
-	"tool":      {"assistant with tool calls", "tool"},
+	"assistant": {"user"},
 }
 
 // validateMessage checks message i, which comes after a message of role previous. Its errors begin with the field.
 func validateMessage(m *wire.Message, i int, previous string) error {
+	switch {
+	case m.Role == "tool" || m.Role == "function":
+		return fmt.Errorf(".role is %s; %s", m.Role, noTools)
+	case len(m.ToolCalls) > 0:
+		return fmt.Errorf(".tool_calls is not empty; %s", noTools)
+	}
 	allowed, known := follows[m.Role]
 	if !known {
 		if m.Role == "" {
-			return errors.New(".role is missing; expected system, user, assistant or tool")
+			return errors.New(".role is missing; expected system, user or assistant")
 		}
-		return fmt.Errorf(".role is %q; expected system, user, assistant or tool", m.Role)
+		return fmt.Errorf(".role is %q; expected system, user or assistant", m.Role)
 	}
 	if !slices.Contains(allowed, previous) {
 		switch {
@@ -200,13 +209,11 @@ func validateMessage(m *wire.Message, i int, previous string) error {
 			return fmt.Errorf(".role is %s; expected it as the first message only", m.Role)
 		case i == 0:
 			return fmt.Errorf(".role is %s; expected system or user as the first message", m.Role)
-		case m.Role == "tool":
-			return fmt.Errorf(".role is tool after %s; expected it after an assistant message with tool_calls", previous)
 		default:
 			return fmt.Errorf(".role is %s after %s; expected user and assistant to take turns", m.Role, previous)
 		}
 	}
-	if strings.TrimSpace(m.Content) == "" && (m.Role != "assistant" || len(m.ToolCalls) == 0) {
+	if strings.TrimSpace(m.Content) == "" {
 		return errors.New(".content is empty; expected text")
 	}
 	if m.Weight != nil {
@@ -216,9 +223,6 @@ func validateMessage(m *wire.Message, i int, previous string) error {
 		if *m.Weight != 0 && *m.Weight != 1 {
 			return fmt.Errorf(".weight is %v; expected 0 or 1", *m.Weight)
 		}
-	}
-	if len(m.ToolCalls) > 0 && m.Role != "assistant" {
-		return fmt.Errorf(".tool_calls is set on a %s message; expected it on assistant messages only", m.Role)
 	}
 	return nil
 }
