@@ -26,6 +26,7 @@ import (
 	"github.com/hone-llm/hone/internal/app"
 	"github.com/hone-llm/hone/internal/cli"
 	"github.com/hone-llm/hone/internal/models"
+	"github.com/hone-llm/hone/internal/modeltest"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
@@ -49,23 +50,12 @@ const model = "SmolLM2-135M-Instruct"
 // home makes a data directory with the default model.
 func home(t *testing.T) string {
 	t.Helper()
-	file := os.Getenv("HONE_TEST_MODEL")
-	if file == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		file = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
-	if _, err := os.Stat(file); err != nil {
-		t.Fatalf("%v: run make model", err)
-	}
 	dir := t.TempDir()
 	store, err := models.Open(filepath.Join(dir, "models"), models.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.Add(t.Context(), file, models.AddOptions{Name: model}); err != nil {
+	if _, err := store.Add(t.Context(), modeltest.Path(t), models.AddOptions{Name: model}); err != nil {
 		t.Fatal(err)
 	}
 	return dir

@@ -7,28 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-)
 
-// defaultModelFile is the default model in the cache that make fills.
-func defaultModelFile(t *testing.T) string {
-	t.Helper()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache := os.Getenv("XDG_CACHE_HOME")
-		if cache == "" {
-			home, err := os.UserHomeDir()
-			if err != nil {
-				t.Fatal(err)
-			}
-			cache = filepath.Join(home, ".cache")
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("%v: run make model", err)
-	}
-	return path
-}
+	"github.com/hone-llm/hone/internal/modeltest"
+)
 
 // hone runs a command line and returns its exit code and what it printed.
 func hone(ctx context.Context, args ...string) (code int, stdout, stderr string) {
@@ -39,7 +20,7 @@ func hone(ctx context.Context, args ...string) (code int, stdout, stderr string)
 
 func TestModels(t *testing.T) {
 	// The cache is linked, not copied, so the test needs little disk.
-	file := defaultModelFile(t)
+	file := modeltest.Path(t)
 	cache := t.TempDir()
 	cached := filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
 	if err := os.MkdirAll(filepath.Dir(cached), 0o755); err != nil {

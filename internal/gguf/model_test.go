@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/hone-llm/hone/internal/modeltest"
 )
 
 // tiny is a llama of 2 layers, 4 heads (2 of k and v) of size 2, and 300 tokens.
@@ -223,19 +225,8 @@ func TestCheckModelRefuses(t *testing.T) {
 // TestDefaultModel checks the file that everything else runs with, and that each of its truncations is refused.
 func TestDefaultModel(t *testing.T) {
 	t.Parallel()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache := os.Getenv("XDG_CACHE_HOME")
-		if cache == "" {
-			home, _ := os.UserHomeDir()
-			cache = filepath.Join(home, ".cache")
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
+	path := modeltest.Path(t)
 	f, err := Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("%v: run make model", err)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/modeltest"
 )
 
 const text = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"
@@ -222,7 +223,7 @@ func TestAdapter(t *testing.T) {
 	if err := c.SetAdapter(a, 1); !errors.Is(err, ErrClosed) {
 		t.Errorf("a freed adapter was set: %v", err)
 	}
-	if _, err := LoadAdapter(m, modelPath(t)); err == nil {
+	if _, err := LoadAdapter(m, modeltest.Path(t)); err == nil {
 		t.Error("a base model was loaded as an adapter")
 	}
 }

@@ -8,29 +8,13 @@ import (
 	"testing"
 
 	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/modeltest"
 )
-
-// modelPath is the default model, which `make model` fetches.
-func modelPath(t testing.TB) string {
-	t.Helper()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("the default model is missing, run `make model`: %v", err)
-	}
-	return path
-}
 
 func loadModel(t testing.TB, o ModelOptions) *Model {
 	t.Helper()
 	Open(Options{})
-	m, err := LoadModel(modelPath(t), o)
+	m, err := LoadModel(modeltest.Path(t), o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/modeltest"
 	"github.com/hone-llm/hone/internal/prompt"
 	"github.com/hone-llm/hone/internal/wire"
 )
@@ -24,19 +25,8 @@ var _ prompt.Vocabulary = (*llama.Model)(nil)
 // vocabulary loads the default model's.
 func vocabulary(t *testing.T) *llama.Model {
 	t.Helper()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("the default model is missing, run `make model`: %v", err)
-	}
 	llama.Open(llama.Options{})
-	m, err := llama.LoadModel(path, llama.ModelOptions{VocabularyOnly: true})
+	m, err := llama.LoadModel(modeltest.Path(t), llama.ModelOptions{VocabularyOnly: true})
 	if err != nil {
 		t.Fatal(err)
 	}

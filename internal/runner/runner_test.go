@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/modeltest"
 	"github.com/hone-llm/hone/internal/wire"
 	"go.uber.org/goleak"
 )
@@ -44,26 +45,11 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// modelDir makes a model directory of the default model, which `make model` fetches.
+// modelDir makes a model directory of the default model.
 func modelDir(t testing.TB) string {
 	t.Helper()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
-	}
-	path, err := filepath.Abs(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("the default model is missing, run `make model`: %v", err)
-	}
 	dir := t.TempDir()
-	if err := os.Symlink(path, filepath.Join(dir, "base.gguf")); err != nil {
+	if err := os.Symlink(modeltest.Path(t), filepath.Join(dir, "base.gguf")); err != nil {
 		t.Fatal(err)
 	}
 	return dir
