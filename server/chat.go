@@ -2,7 +2,6 @@ package server
 
 import (
 	"encoding/json"
-	"net/http"
 
 	"github.com/gin-gonic/gin"
 
@@ -20,25 +19,8 @@ func (s *Server) chatCompletion(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	target, err := s.resolve(c.Request.Context(), req.Model)
-	if err != nil {
-		return err
-	}
-	defer target.release()
-	generate.ID, generate.Adapter = newID("chatcmpl-"), target.adapter
-	answer := chatAnswer{
-		id: generate.ID, created: s.now().Unix(), model: req.Model, fingerprint: target.fingerprint(),
-		usage: req.StreamOptions != nil && req.StreamOptions.IncludeUsage,
-	}
-	events := s.generator.Generate(c.Request.Context(), target.base, generate)
-	if req.Stream != nil && *req.Stream {
-		return stream(c, events, answer.chunks)
-	}
-	all, err := collect(events)
-	if err != nil {
-		return err
-	}
-	return encode(c, http.StatusOK, answer.whole(all))
+	generate.ID = newID("chatcmpl-")
+	return s.answer(c, req.Model, generate, req.Stream, req.StreamOptions, func(head answerHead) answer { return &chatAnswer{answerHead: head} })
 }
 
 // refuseLogProbNumber helps those who send the number that /v1/completions takes.
@@ -125,13 +107,11 @@ func checkMessages(messages []wire.Message) error {
 
 // chatAnswer makes a completion's chunks, or the whole.
 type chatAnswer struct {
-	id, model, fingerprint string
-	created                int64
-	usage                  bool // wanted in the stream
-	begun                  bool
+	answerHead
+	begun bool
 }
 
-func (a *chatAnswer) whole(all collected) wire.ChatCompletion {
+func (a *chatAnswer) whole(all collected) any {
 	return wire.ChatCompletion{
 		ID: a.id, Object: "chat.completion", Created: a.created, Model: a.model, SystemFingerprint: a.fingerprint, Usage: &all.usage,
 		Choices: []wire.ChatChoice{{

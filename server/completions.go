@@ -2,7 +2,6 @@ package server
 
 import (
 	"fmt"
-	"net/http"
 	"unicode/utf8"
 
 	"github.com/gin-gonic/gin"
@@ -24,25 +23,8 @@ func (s *Server) completion(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	target, err := s.resolve(c.Request.Context(), req.Model)
-	if err != nil {
-		return err
-	}
-	defer target.release()
-	generate.ID, generate.Adapter = newID("cmpl-"), target.adapter
-	answer := completionAnswer{
-		id: generate.ID, created: s.now().Unix(), model: req.Model, fingerprint: target.fingerprint(),
-		usage: req.StreamOptions != nil && req.StreamOptions.IncludeUsage,
-	}
-	events := s.generator.Generate(c.Request.Context(), target.base, generate)
-	if req.Stream != nil && *req.Stream {
-		return stream(c, events, answer.chunks)
-	}
-	all, err := collect(events)
-	if err != nil {
-		return err
-	}
-	return encode(c, http.StatusOK, answer.whole(all))
+	generate.ID = newID("cmpl-")
+	return s.answer(c, req.Model, generate, req.Stream, req.StreamOptions, func(head answerHead) answer { return &completionAnswer{answerHead: head} })
 }
 
 func completionRequest(req *wire.CompletionRequest) (child.GenerateRequest, error) {
@@ -75,17 +57,15 @@ func completionRequest(req *wire.CompletionRequest) (child.GenerateRequest, erro
 
 // completionAnswer makes a completion's chunks, or the whole.
 type completionAnswer struct {
-	id, model, fingerprint string
-	created                int64
-	usage                  bool // wanted in the stream
-	characters             int  // sent so far
+	answerHead
+	characters int // sent so far
 }
 
 func (a *completionAnswer) message(choices ...wire.CompletionChoice) wire.Completion {
 	return wire.Completion{ID: a.id, Object: "text_completion", Created: a.created, Model: a.model, SystemFingerprint: a.fingerprint, Choices: choices}
 }
 
-func (a *completionAnswer) whole(all collected) wire.Completion {
+func (a *completionAnswer) whole(all collected) any {
 	whole := a.message(wire.CompletionChoice{Text: all.text, LogProbs: a.logProbs(all.logProbs), FinishReason: wire.FinishReason(all.finishReason)})
 	whole.Usage = wire.Nullable[wire.Usage]{Set: true, Value: &all.usage}
 	return whole
