@@ -48,11 +48,19 @@ func (h *Hyperparameters) check() error {
 	if h.BatchSize != nil && (*h.BatchSize < 1 || *h.BatchSize > 256) {
 		return invalid("hyperparameters.batch_size", "", "batch_size is %d; expected \"auto\" or 1 to 256", *h.BatchSize)
 	}
-	if m := h.LearningRateMultiplier; m != nil && !(*m > 0) {
-		return invalid("hyperparameters.learning_rate_multiplier", "", "learning_rate_multiplier is %v; expected \"auto\" or more than 0", *m)
+	if m := h.LearningRateMultiplier; m != nil && !inMultiplierRange(*m) {
+		return invalid("hyperparameters.learning_rate_multiplier", "", "learning_rate_multiplier is %v; expected \"auto\" or %s", *m, multiplierRange)
 	}
 	return nil
 }
+
+// maxMultiplier times the automatic learning rate, which is at most 1e-3, is the highest learning rate there is.
+const (
+	maxMultiplier   = 1000
+	multiplierRange = "more than 0 and at most 1000"
+)
+
+func inMultiplierRange(m float64) bool { return m > 0 && m <= maxMultiplier }
 
 // merge fills what the options leave open with OpenAI's hyper-parameters.
 func (s *Spec) merge() error {
@@ -108,7 +116,7 @@ func checkOptions(o *child.TrainOptions) error {
 		}
 	}
 	number("learning_rate", o.LearningRate, func(v float64) bool { return v > 0 && v <= 1 }, "more than 0 and at most 1")
-	number("learning_rate_multiplier", o.LearningRateMultiplier, positive, "more than 0")
+	number("learning_rate_multiplier", o.LearningRateMultiplier, inMultiplierRange, multiplierRange)
 	if err == nil && o.LearningRate != nil && o.LearningRateMultiplier != nil {
 		err = invalid("hone.learning_rate", "", "learning_rate and learning_rate_multiplier are both given; give one of them")
 	}

@@ -125,6 +125,7 @@ func TestChatRefusals(t *testing.T) {
 		{fields: `"guided_choice":["A","B","A"]`, param: "guided_choice", message: `guided_choice[0] and [2] are both "A"`},
 		{fields: `"guided_choice":["yes.","no."],"stop":"."`, param: "stop", message: "would cut it off"},
 		{fields: `"tools":[{"type":"function"}]`, param: "tools"},
+		{fields: `"hone":{"r":8}`, param: "hone", message: "fine-tuning jobs"},
 		{fields: `"guided_json":{}`, param: "guided_json", message: "guided_choice"},
 		{fields: `"messages":[{"role":"user","content":"toolong"}]`, param: "messages", code: "context_length_exceeded"},
 		{fields: `"messages":[{"role":"user","content":"toolong"}],"stream":true`, param: "messages", code: "context_length_exceeded"},

@@ -22,6 +22,7 @@ var unavailable = map[string][]string{
 	"frequency_penalty":      {"0", "0.0"},
 	"function_call":          {`"none"`},
 	"functions":              {"[]"},
+	"hone":                   {"{}"},
 	"logit_bias":             {"{}"},
 	"modalities":             {`["text"]`},
 	"moderation":             nil,
@@ -70,6 +71,8 @@ func instead(name string, harmless []string) string {
 	switch {
 	case name == "response_format":
 		return `; leave it out or send {"type":"text"}. To get one of a few answers, use guided_choice`
+	case name == "hone":
+		return " in completions; leave it out. It holds the options of fine-tuning jobs"
 	case len(harmless) == 0:
 		return "; leave it out"
 	}

@@ -27,7 +27,7 @@ const organization = "org-local"
 
 func (s *Server) createJob(c *gin.Context) error {
 	var req wire.FineTuningJobRequest
-	if err := decode(c, &req); err != nil {
+	if err := decode(c, &req, refuseMisplaced); err != nil {
 		return err
 	}
 	spec, err := jobSpec(&req)
@@ -211,7 +211,7 @@ func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
 	}
 	if p := job.Progress; job.Attempt > 0 {
 		shown.Hone.Progress = &wire.FineTuningProgress{
-			Step: p.Step, TotalSteps: p.TotalSteps, Fraction: p.Fraction, TokensPerSecond: p.TokensPerSecond, SecondsLeft: p.SecondsLeft,
+			Step: p.Step, TotalSteps: p.TotalSteps, StepFraction: p.Fraction, TokensPerSecond: p.TokensPerSecond, SecondsLeft: p.SecondsLeft,
 			TrainLoss: p.TrainLoss, ValidLoss: p.ValidLoss, ValidAccuracy: p.ValidAccuracy,
 		}
 	}

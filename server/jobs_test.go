@@ -85,6 +85,17 @@ func TestJobRefusals(t *testing.T) {
 		{`"hyperparameters":{"n_epochs":"many"}`, "hyperparameters.n_epochs", `expected "auto" or an integer`},
 		{`"hyperparameters":{"batch_size":0}`, "hyperparameters.batch_size", "1 to 256"},
 		{`"hyperparameters":{"learning_rate_multiplier":0}`, "hyperparameters.learning_rate_multiplier", "more than 0"},
+		{`"hyperparameters":{"learning_rate_multiplier":1001}`, "hyperparameters.learning_rate_multiplier", "at most 1000"},
+		{`"hyperparameters":{"learning_rate":1e-3}`, "hyperparameters.learning_rate", "its place is hone.learning_rate"},
+		{`"hyperparameters":{"prompt_loss_weight":1}`, "hyperparameters.prompt_loss_weight", "is not a hyper-parameter; they are batch_size,"},
+		{`"n_epochs":3`, "n_epochs", "its place is method.supervised.hyperparameters.n_epochs"},
+		{`"batch_size":3`, "batch_size", "its place is method.supervised.hyperparameters.batch_size"},
+		{`"r":8`, "r", "its place is hone.r"},
+		{`"gradient_accumulation_steps":8`, "gradient_accumulation_steps", "its place is hone.gradient_accumulation_steps"},
+		{`"method":{"type":"supervised","hyperparameters":{"n_epochs":1}}`, "method.hyperparameters", "its place is method.supervised.hyperparameters"},
+		{`"method":{"type":"supervised","supervised":{"n_epochs":1}}`, "method.supervised.n_epochs", "its place is method.supervised.hyperparameters.n_epochs"},
+		{`"method":{"type":"supervised","supervised":{"hyperparameters":{"epochs":1}}}`, "method.supervised.hyperparameters.epochs", "is not a hyper-parameter"},
+		{`"hone":{"n_epochs":1}`, "hone.n_epochs", "its place is method.supervised.hyperparameters.n_epochs"},
 		{`"method":{"type":"dpo"}`, "method.type", "dpo"},
 		{`"method":{"type":"reinforcement"}`, "method.type", "not available"},
 		{`"method":{}`, "method.type", "supervised"},
@@ -193,7 +204,7 @@ func TestJobToWire(t *testing.T) {
 	if got.Error != nil || got.FinishedAt != nil || got.TrainedTokens != nil || got.ResultFiles == nil || got.FineTunedModel != nil || *got.EstimatedFinish != 99 {
 		t.Errorf("running job %+v", got)
 	}
-	if diff := cmp.Diff(&wire.FineTuningProgress{Step: 4, TotalSteps: 8, Fraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: new(0.5)}, got.Hone.Progress); diff != "" {
+	if diff := cmp.Diff(&wire.FineTuningProgress{Step: 4, TotalSteps: 8, StepFraction: 0.5, TokensPerSecond: 300, SecondsLeft: 60, TrainLoss: new(0.5)}, got.Hone.Progress); diff != "" {
 		t.Errorf("progress (-want +got)\n%s", diff)
 	}
 	failed := &finetune.Job{Status: finetune.Failed, FinishedAt: 9, Error: &finetune.JobError{Code: "invalid_training_file", Message: "line 3", Param: "training_file"}}

@@ -55,6 +55,9 @@ func trainOptions(raw json.RawMessage) (child.TrainOptions, error) {
 	}
 	for _, key := range slices.Sorted(maps.Keys(fields)) {
 		i := slices.IndexFunc(options, func(o option) bool { return o.name == key })
+		if i < 0 && slices.Contains(hyperparameterNames, key) {
+			return to, misplaced("hone."+key, key)
+		}
 		if i < 0 {
 			return to, invalid("hone."+key, "hone.%s is not an option; the options are %s", key, strings.Join(optionNames(), ", "))
 		}
@@ -66,6 +69,50 @@ func trainOptions(raw json.RawMessage) (child.TrainOptions, error) {
 		}
 	}
 	return to, batchSize(fields, &to)
+}
+
+// hyperparameterNames are OpenAI's three. batch_size is an option too.
+var hyperparameterNames = []string{"batch_size", "learning_rate_multiplier", "n_epochs"}
+
+// refuseMisplaced refuses a job's request in which something that changes the training stands where it would be left out
+// of account: an option beside `hone`, a hyper-parameter beside its object, an unknown one within it.
+func refuseMisplaced(fields map[string]json.RawMessage) error { return refuseMisplacedIn("", fields) }
+
+// refuseMisplacedIn looks at the fields of the object whose path, with a dot at its end, is prefix.
+func refuseMisplacedIn(prefix string, fields map[string]json.RawMessage) error {
+	hyperparameters := prefix == "hyperparameters." || prefix == "method.supervised.hyperparameters."
+	for _, key := range slices.Sorted(maps.Keys(fields)) {
+		path := prefix + key
+		switch {
+		case isNull(fields[key]), hyperparameters && slices.Contains(hyperparameterNames, key):
+			continue
+		case slices.Contains(hyperparameterNames, key), slices.Contains(optionNames(), key):
+			return misplaced(path, key)
+		case hyperparameters:
+			return invalid(path, "%s is not a hyper-parameter; they are %s, and options of LoRA and of the trainer stand in the object hone",
+				path, strings.Join(hyperparameterNames, ", "))
+		case path == "method.hyperparameters":
+			return invalid(path, "%s would be left out of account; its place is method.supervised.hyperparameters", path)
+		case path == "hyperparameters", path == "method", path == "method.supervised", path == "method.supervised.hyperparameters":
+			var inner map[string]json.RawMessage
+			if json.Unmarshal(fields[key], &inner) != nil {
+				continue // decode says what is wrong with it
+			}
+			if err := refuseMisplacedIn(path+".", inner); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// misplaced says where the option or hyper-parameter called name, which stands at path, belongs.
+func misplaced(path, name string) error {
+	place := "hone"
+	if slices.Contains(hyperparameterNames, name) {
+		place = "method.supervised.hyperparameters"
+	}
+	return invalid(path, "%s would be left out of account; its place is %s.%s", path, place, name)
 }
 
 func optionNames() []string {

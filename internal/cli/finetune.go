@@ -343,7 +343,7 @@ func (w *jobWatch) update(job client.FineTuningJob) {
 		return
 	}
 	p := *job.Hone.Progress
-	done := int64(p.Step)*stepUnits + int64(p.Fraction*stepUnits)
+	done := int64(p.Step)*stepUnits + int64(p.StepFraction*stepUnits)
 	if w.bar == nil {
 		w.bar = newMeter(w.streams.err, "training", int64(p.TotalSteps)*stepUnits, done)
 	}

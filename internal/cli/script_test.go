@@ -184,7 +184,7 @@ func (s *smallServer) job(w http.ResponseWriter, _ *http.Request) {
 	case s.cancel:
 		fmt.Fprint(w, `{"id":"ftjob-1","status":"cancelled"}`)
 	case s.looks <= 2:
-		fmt.Fprintf(w, `{"id":"ftjob-1","status":"running","hone":{"progress":{"step":%d,"total_steps":3,"fraction":0.5,"tokens_per_second":310,"seconds_left":9,"train_loss":0.7,"full_valid_loss":0.6,"full_valid_mean_token_accuracy":0.75}}}`, s.looks)
+		fmt.Fprintf(w, `{"id":"ftjob-1","status":"running","hone":{"progress":{"step":%d,"total_steps":3,"step_fraction":0.5,"tokens_per_second":310,"seconds_left":9,"train_loss":0.7,"full_valid_loss":0.6,"full_valid_mean_token_accuracy":0.75}}}`, s.looks)
 	default:
 		fmt.Fprintf(w, `{"id":"ftjob-1","status":"succeeded","fine_tuned_model":%q,"trained_tokens":1000}`, smallTuned)
 	}

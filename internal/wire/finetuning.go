@@ -116,7 +116,7 @@ type FineTuningDetails struct {
 type FineTuningProgress struct {
 	Step            int      `json:"step"` // optimizer steps done
 	TotalSteps      int      `json:"total_steps"`
-	Fraction        float64  `json:"fraction"` // of the step that runs now, in [0, 1)
+	StepFraction    float64  `json:"step_fraction"` // of the step that runs now, in [0, 1)
 	TokensPerSecond float64  `json:"tokens_per_second"`
 	SecondsLeft     float64  `json:"seconds_left"`
 	TrainLoss       *float64 `json:"train_loss"`
