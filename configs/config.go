@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/go-viper/mapstructure/v2"
@@ -166,7 +167,7 @@ func inFile(file string) string {
 	return " (is it set in " + file + "?)"
 }
 
-// dataDir makes the data directory absolute; "" is the user's.
+// dataDir makes the data directory absolute; "" is the user's. It need not exist, but must not be something else.
 func dataDir(dir string) (string, error) {
 	if dir == "" {
 		data := os.Getenv("XDG_DATA_HOME")
@@ -182,6 +183,13 @@ func dataDir(dir string) (string, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return "", fmt.Errorf("data_dir %q: %w", dir, err)
+	}
+	// Here, since what is done in it would fail with words about files that nobody has heard of.
+	switch info, err := os.Stat(abs); {
+	case err == nil && !info.IsDir():
+		return "", fmt.Errorf("the data directory %s is a file, expected a directory; name another with --data-dir or HONE_HOME", abs)
+	case errors.Is(err, syscall.ENOTDIR):
+		return "", fmt.Errorf("the data directory %s lies below a file, expected a directory; name another with --data-dir or HONE_HOME", abs)
 	}
 	return abs, nil
 }

@@ -38,7 +38,7 @@ func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	switch {
 	case err == nil:
 		return exitOK
@@ -47,7 +47,10 @@ func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitInterrupted
 	}
 	fmt.Fprintln(stderr, "hone:", err)
-	if errors.As(err, new(usageError)) {
+	// cobra has no types for two of its errors: a command that there is not, and required flags that are missing. With
+	// either of them no command has run.
+	_, _, unknown := root.Find(args)
+	if errors.As(err, new(usageError)) || unknown != nil || cmd.ValidateRequiredFlags() != nil {
 		return exitUsage
 	}
 	return exitError

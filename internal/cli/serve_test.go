@@ -83,6 +83,10 @@ func TestServeUsage(t *testing.T) {
 		{[]string{"serve", "here"}, exitUsage, "serve"},
 		{[]string{"serve", "--port", "http"}, exitUsage, "port"},
 		{[]string{"serve", "--port", "70000"}, exitError, "port: 70000, expected"},
+		{[]string{"serve", "--data-dir", "serve_test.go"}, exitError, "serve_test.go is a file, expected a directory"},
+		{[]string{"serve", "--data-dir", "serve_test.go/x"}, exitError, "serve_test.go/x lies below a file"},
+		{[]string{"serf"}, exitUsage, "Did you mean this?\n\tserve"},
+		{[]string{"predict", "--questions", "q.csv"}, exitUsage, `required flag(s) "model", "out" not set`},
 		{[]string{"serve", "--host", "0.0.0.0"}, exitError, "allow_remote"},
 		{[]string{"serve", "--config", "/no/such/file.yaml"}, exitError, "/no/such/file.yaml"},
 	} {
