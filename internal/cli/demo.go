@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/jedib0t/go-pretty/v6/text"
 	"github.com/spf13/cobra"
@@ -26,6 +27,7 @@ import (
 type demoOptions struct {
 	examples, out, keep, model string
 	questions, rows            int
+	expectPoints               int
 	hone                       []string
 }
 
@@ -37,7 +39,12 @@ func newDemoCommand(s streams) *cobra.Command {
 		Long: "Starts a server over a throw-away data directory, answers the example questions with the base model, tunes it on the\n" +
 			"example training rows, answers again with the tuned model, and compares. Ctrl-C ends everything at any point.",
 		Args: wrongUsage(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return demo(cmd.Context(), s, opts) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if opts.expectPoints < 0 || opts.expectPoints > 100 {
+				return usageError{fmt.Errorf("--expect-points is %d, expected 0 to 100", opts.expectPoints)}
+			}
+			return demo(cmd.Context(), s, opts)
+		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&opts.examples, "examples", filepath.Join("examples", "mcq"), "directory of train.csv, test.csv and test_answers.csv")
@@ -46,6 +53,7 @@ func newDemoCommand(s streams) *cobra.Command {
 	f.StringVar(&opts.model, "model", "SmolLM2-135M-Instruct", "the base model")
 	f.IntVar(&opts.questions, "questions", 0, "answer only this many test questions (default: all)")
 	f.IntVar(&opts.rows, "rows", 0, "train on only this many rows (default: all)")
+	f.IntVar(&opts.expectPoints, "expect-points", 0, "fail unless tuning gains this many percentage points of accuracy (default: whatever it gains will do)")
 	f.StringArrayVar(&opts.hone, "hone", nil, "KEY=VALUE, an option of the fine-tuning job, as num_train_epochs=1")
 	return cmd
 }
@@ -149,13 +157,31 @@ func demo(ctx context.Context, s streams, opts demoOptions) (err error) {
 	}
 	fmt.Fprint(s.out, tuned)
 
-	chapter("base against tuned, on %d questions of words that training never saw", len(tuned.predictions))
+	chapter("base against tuned, on %s of words that training never saw", english.Plural(len(tuned.predictions), "question", ""))
 	fmt.Fprintln(s.out, comparison(base, tuned))
 	onlyBase, onlyTuned := discordant(base, tuned)
 	fmt.Fprintf(s.out, "right with the base model only: %d, with the tuned one only: %d; McNemar's exact test: p %s\n",
 		onlyBase, onlyTuned, pValue(client.McNemar(onlyBase, onlyTuned)))
 	chapter("what to type next")
 	fmt.Fprint(s.out, nextSteps(opts, *job.FineTunedModel))
+	return checkGain(base, tuned, opts.expectPoints)
+}
+
+// checkGain returns an error unless the second run's accuracy is this many percentage points above the first's, and the
+// difference is no chance (McNemar's p below 0.001). With points 0 nothing is expected.
+func checkGain(base, tuned *predictResult, points int) error {
+	if points == 0 {
+		return nil
+	}
+	baseRight, known := base.right()
+	tunedRight, tunedKnown := tuned.right()
+	if known == 0 || known != tunedKnown {
+		return fmt.Errorf("--expect-points %d: the right answers of %d questions are known with the base model and of %d with the tuned one", points, known, tunedKnown)
+	}
+	gain := 100 * float64(tunedRight-baseRight) / float64(known)
+	if p := client.McNemar(discordant(base, tuned)); gain < float64(points) || p >= 0.001 {
+		return fmt.Errorf("tuning changed the accuracy by %+.1f points (McNemar's exact test: p %s), expected at least %+d with p < 0.001", gain, pValue(p), points)
+	}
 	return nil
 }
 
