@@ -81,7 +81,16 @@ func OpenSubmission(path string, origin Origin, questions []Question, overwrite 
 	if err != nil {
 		return nil, err
 	}
-	if len(s.done) == len(questions) {
+	unanswered := 0
+	for _, p := range s.done {
+		if p.Err != nil {
+			unanswered++
+		}
+	}
+	switch complete := len(s.done) == len(questions); {
+	case complete && unanswered > 0:
+		return nil, fmt.Errorf("%s: %w, with %d of %d questions unanswered: --overwrite asks all of them again", path, ErrComplete, unanswered, len(questions))
+	case complete:
 		return nil, fmt.Errorf("%s: %w: --overwrite replaces it", path, ErrComplete)
 	}
 	if keep == 0 {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"github.com/hone-llm/hone/client"
@@ -91,7 +92,7 @@ type dataset struct {
 // String is what the command prints at its end.
 func (d *dataset) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %d rows", d.in, d.total)
+	fmt.Fprintf(&b, "%s: %s", d.in, english.Plural(d.total, "row", ""))
 	if len(d.dropped) > 0 {
 		fmt.Fprintf(&b, ", %d dropped for an empty cell:", len(d.dropped))
 		const shown = 20
@@ -107,11 +108,11 @@ func (d *dataset) String() string {
 	}
 	b.WriteString("\n")
 	if d.duplicates > 0 {
-		fmt.Fprintf(&b, "%d rows repeat an earlier question with its options; they are kept, on the same side of the split\n", d.duplicates)
+		fmt.Fprintf(&b, "%s, repeating an earlier question with its options, kept on the same side of the split\n", english.Plural(d.duplicates, "row", ""))
 	}
 	for _, f := range []datasetFile{d.train, d.valid} {
 		if f.path != "" {
-			fmt.Fprintf(&b, "%s: %d rows, answers A %d, B %d, C %d, D %d\n", f.path, f.rows, f.letters[0], f.letters[1], f.letters[2], f.letters[3])
+			fmt.Fprintf(&b, "%s: %s, answers A %d, B %d, C %d, D %d\n", f.path, english.Plural(f.rows, "row", ""), f.letters[0], f.letters[1], f.letters[2], f.letters[3])
 		}
 	}
 	return b.String()
@@ -176,7 +177,7 @@ func makeDataset(opts datasetOptions) (*dataset, error) {
 		}
 	}
 	if len(train) == 0 {
-		return nil, fmt.Errorf("%s: no rows are left to train on: %d of %d have an empty cell, %d are for validation", opts.in, len(d.dropped), d.total, len(valid))
+		return nil, fmt.Errorf("%s: no rows are left to train on: of %d, %d with an empty cell, %d for validation", opts.in, d.total, len(d.dropped), len(valid))
 	}
 	trainPath, validPath := filepath.Join(opts.out, "train.jsonl"), filepath.Join(opts.out, "valid.jsonl")
 	if base, isFile := strings.CutSuffix(opts.out, ".jsonl"); isFile {

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"github.com/hone-llm/hone/client"
@@ -47,13 +49,13 @@ func newPredictCommand(s streams) *cobra.Command {
 			case result.complete:
 				fmt.Fprint(s.out, result)
 			case len(result.predictions) > 0:
-				fmt.Fprintf(s.err, "%s has %d rows; the same command, without --overwrite, goes on after them\n", opts.out, len(result.predictions))
+				fmt.Fprintf(s.err, "%s has %s; the same command, without --overwrite, goes on there\n", opts.out, english.Plural(len(result.predictions), "row", ""))
 			}
 			return err
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&opts.model, "model", "", "the model's name, as in `hone models list` or ft:...")
+	f.StringVar(&opts.model, "model", "", "the model's name, as hone models list shows it, or ft:...")
 	f.StringVar(&opts.questions, "questions", "", "CSV file of questions")
 	f.StringVar(&opts.out, "out", "", "CSV file to write")
 	f.StringVar(&opts.template, "template", "", "file with the wording: {question}, {a}, {b}, {c}, {d}")
@@ -116,7 +118,7 @@ func (r *predictResult) rate() float64 {
 // String is what the command prints at its end.
 func (r *predictResult) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %d questions in %.1f s (%.2f questions/s)", r.out, r.asked, r.took.Seconds(), r.rate())
+	fmt.Fprintf(&b, "%s: %s in %.1f s (%.2f questions/s)", r.out, english.Plural(r.asked, "question", ""), r.took.Seconds(), r.rate())
 	if earlier := len(r.predictions) - r.asked; earlier > 0 {
 		fmt.Fprintf(&b, ", after %d of an earlier run", earlier)
 	}
@@ -143,6 +145,11 @@ func percentInterval(right, n int) string {
 func predict(ctx context.Context, s streams, c *client.Client, opts predictOptions) (*predictResult, error) {
 	if opts.concurrency < 1 {
 		return nil, usageError{fmt.Errorf("--concurrency is %d, expected at least 1", opts.concurrency)}
+	}
+	for flag, path := range map[string]string{"questions": opts.questions, "answers": opts.answers, "template": opts.template} {
+		if path != "" && sameFile(opts.out, path) {
+			return nil, usageError{fmt.Errorf("--out %s is the file of --%s, which it would replace; name another", opts.out, flag)}
+		}
 	}
 	template, err := readTemplate(opts.template)
 	if err != nil {
@@ -182,7 +189,7 @@ func predict(ctx context.Context, s streams, c *client.Client, opts predictOptio
 	}
 	result.predictions = submission.Done()
 	if n := len(result.predictions); n > 0 {
-		fmt.Fprintf(s.err, "%s has %d of %d rows, going on after them\n", opts.out, n, len(questions))
+		fmt.Fprintf(s.err, "%s has %d of %s, going on there\n", opts.out, n, english.Plural(len(questions), "row", ""))
 	}
 	bar := newMeter(s.err, "answering", int64(len(questions)), int64(len(result.predictions)))
 	start := time.Now()
@@ -206,9 +213,21 @@ func predict(ctx context.Context, s streams, c *client.Client, opts predictOptio
 	}
 	result.complete = true
 	if _, none := result.letters(); none > 0 {
-		err = fmt.Errorf("%d of %d questions have no answer; their cells in %s are empty", none, len(questions), opts.out)
+		err = fmt.Errorf("no answer to %d of %s, whose cells in %s are empty", none, english.Plural(len(questions), "question", ""), opts.out)
 	}
 	return result, err
+}
+
+// sameFile says whether two paths lead to one file, which need not exist.
+func sameFile(a, b string) bool {
+	if absA, err := filepath.Abs(a); err == nil {
+		if absB, err := filepath.Abs(b); err == nil && absA == absB {
+			return true
+		}
+	}
+	infoA, errA := os.Stat(a)
+	infoB, errB := os.Stat(b)
+	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
 func rowError(file string, p client.Prediction) string {
