@@ -96,13 +96,30 @@ func honeLlamaLog(level C.uint, text *C.char) {
 	if line == "" || strings.Trim(line, ".") == "" { // the progress dots of a loading model
 		return
 	}
-	if library.level == slog.LevelError {
+	severity := severityOf(library.level, line)
+	if severity == slog.LevelError {
 		library.errors = append(library.errors, line)
 		library.errors = library.errors[max(0, len(library.errors)-4):] // nobody may be reading them
 	}
 	if library.logger != nil {
-		library.logger.Log(context.Background(), library.level, "llama", "message", line)
+		library.logger.Log(context.Background(), severity, "llama", "message", line)
 	}
+}
+
+// severityOf returns the level that a message of the library is logged with: debug for warnings that every context
+// gives and nobody can act on.
+//
+//   - n_ctx_seq is larger, or smaller, than the context that the model was trained with. Where sequences share the cells,
+//     n_ctx_seq is all of them, 16,384 in the runner, and does not say how long a sequence becomes. That is for the caller
+//     to limit and to warn about.
+//   - Graph reuse is disabled: by Open, on purpose.
+func severityOf(level slog.Level, line string) slog.Level {
+	expected := strings.Contains(line, ": n_ctx_seq (") && strings.Contains(line, " n_ctx_train (") ||
+		strings.HasSuffix(line, ": graph reuse disabled")
+	if level == slog.LevelWarn && expected {
+		return slog.LevelDebug
+	}
+	return level
 }
 
 // failure runs a C call that reports its reason only in the log and returns that reason.

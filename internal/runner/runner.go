@@ -119,6 +119,10 @@ func New(o Options) (_ *Runner, err error) {
 			r.contextTokens = min(trained, r.contextTokens)
 		}
 	}
+	if trained := r.model.TrainingContext(); trained > 0 && r.contextTokens > trained {
+		o.Logger.Warn("context_tokens is more than the model was trained with: long sequences may come out as nonsense",
+			slog.Int("context_tokens", r.contextTokens), slog.Int("trained_context_tokens", trained))
+	}
 	r.constraints.model = r.model
 	if o.poolTokens == 0 {
 		o.poolTokens = min(o.Sequences*r.contextTokens, max(r.contextTokens, poolTokens))
