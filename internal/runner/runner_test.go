@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -292,6 +293,8 @@ func cmpFloat(a, b float64) int {
 	return 0
 }
 
+// Every choice can be the answer. Greedy, each token is the likeliest of those that can still lead to a choice, which
+// for choices of several tokens is not always the likeliest choice.
 func TestChoices(t *testing.T) {
 	r := sharedRunner(t)
 	for _, choices := range [][]string{
@@ -313,6 +316,9 @@ func TestChoices(t *testing.T) {
 				for _, top := range p.Top {
 					sum += math.Exp(top.LogProb)
 				}
+				if temperature == 0 && p.LogProb != p.Top[0].LogProb {
+					t.Errorf("%q: greedy took %q (%v) as token %d, the most likely is %q (%v)", choices, p.Token, p.LogProb, i, p.Top[0].Token, p.Top[0].LogProb)
+				}
 				if math.Abs(sum-1) > 1e-6 {
 					t.Errorf("%q: probabilities of token %d sum to %v, want 1: %+v", choices, i, sum, p.Top)
 				}
@@ -322,6 +328,97 @@ func TestChoices(t *testing.T) {
 	a := ask(t, r, child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 20})
 	if len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 4 || a.Usage.CompletionTokens != 1 {
 		t.Errorf("one of four letters took %+v, want one token with four alternatives", a)
+	}
+}
+
+// The letters of a multiple-choice question: a constrained answer is the letter that the model itself prefers, with the
+// model's own probabilities, renormalised.
+func TestChoiceIsTheMostLikelyLetter(t *testing.T) {
+	// A runner of its own and every question asked before, so that both completions compute the same last row over cells
+	// in the same order. Then the logits are equal to the bit (see series for what happens otherwise), and what is left
+	// is the rounding of two ways to normalise in float64: measured 1.1e-16.
+	const tolerance = 1e-12
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 1024, Sequences: 1, Threads: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	letters := []string{"A", "B", "C", "D"}
+	answers := map[string]int{}
+	for _, c := range []struct {
+		question string
+		present  int // of the letters, how many are among the 20 most likely tokens at least
+	}{
+		{"Question: Which city is the capital of France?\nA. London\nB. Rome\nC. Paris\nD. Berlin\nAnswer:", 4},
+		{"Question: Which planet is the largest?\nA. Mars\nB. Venus\nC. Earth\nD. Jupiter\nAnswer:", 4},
+		{"Question: How many legs does a spider have?\nA. four\nB. six\nC. eight\nD. ten\nAnswer:", 4},
+		{"Question: What colour is the sky on a clear day?\nA. green\nB. red\nC. yellow\nD. blue\nReply with one letter: A, B, C or D.", 4},
+		{"Which is a fruit?\nA. hammer\nB. apple\nC. copper\nD. violin\nAnswer with the letter only.", 4},
+		{"下列哪一项是水果？\nA. 锤子\nB. 苹果\nC. 铜\nD. 小提琴\n答案：", 4},
+		{"Say the letter B.", 2},
+		{"Say the letter D.", 2},
+	} {
+		// With choices, the prompt is AnswerPrompt's. This model's template makes both the same, so the position is.
+		plain, err := r.prompts.Prompt(t.Context(), chat(c.question))
+		if err != nil {
+			t.Fatal(err)
+		}
+		constrained, err := r.prompts.AnswerPrompt(t.Context(), chat(c.question))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(plain, constrained) {
+			t.Fatalf("%q: the prompts of free and constrained completions differ: %v, %v", c.question, plain, constrained)
+		}
+		request := child.GenerateRequest{Messages: chat(c.question), MaxTokens: 1, LogProbs: true, TopLogProbs: 20}
+		ask(t, r, request)
+		free := ask(t, r, request)
+		guided := ask(t, r, child.GenerateRequest{Messages: chat(c.question), Choices: letters, LogProbs: true, TopLogProbs: 20})
+		if len(guided.LogProbs) != 1 || len(guided.LogProbs[0].Top) != len(letters) {
+			t.Fatalf("%q: got %+v, want one token with four alternatives", c.question, guided.LogProbs)
+		}
+		logProb := func(a answer, letter string) (float64, bool) {
+			i := slices.IndexFunc(a.LogProbs[0].Top, func(p child.TokenLogProb) bool { return string(p.Bytes) == letter })
+			if i < 0 {
+				return 0, false
+			}
+			return a.LogProbs[0].Top[i].LogProb, true
+		}
+		best, bestLogProb := "", math.Inf(-1)
+		var present []string
+		freeSum, guidedSum := 0.0, 0.0
+		for _, letter := range letters {
+			p, ok := logProb(free, letter)
+			if !ok {
+				continue // less likely than those that are present
+			}
+			present = append(present, letter)
+			if p > bestLogProb {
+				best, bestLogProb = letter, p
+			}
+			g, _ := logProb(guided, letter)
+			freeSum += math.Exp(p)
+			guidedSum += math.Exp(g)
+		}
+		if len(present) < c.present {
+			t.Errorf("%q: of the letters %q are among the 20 most likely tokens, want %d of them", c.question, present, c.present)
+			continue
+		}
+		if guided.Text != best {
+			t.Errorf("%q: constrained answer %q, most likely letter %q: free %+v, constrained %+v", c.question, guided.Text, best, free.LogProbs[0].Top, guided.LogProbs[0].Top)
+		}
+		for _, letter := range present {
+			p, _ := logProb(free, letter)
+			g, _ := logProb(guided, letter)
+			want, got := math.Exp(p)/freeSum, math.Exp(g)/guidedSum
+			if math.Abs(got-want) > tolerance {
+				t.Errorf("%q: %s has probability %v among %q, want %v", c.question, letter, got, present, want)
+			}
+		}
+		answers[guided.Text]++
+	}
+	if len(answers) != len(letters) {
+		t.Errorf("the answers %v do not show every letter once, so a constant answer could pass", answers)
 	}
 }
 
@@ -606,6 +703,23 @@ func TestInvalidAdapter(t *testing.T) {
 	after := ask(t, r, child.GenerateRequest{Messages: chat("Hi"), MaxTokens: 4, LogProbs: true})
 	if before.Text != after.Text {
 		t.Errorf("after the refusals %q, before %q", after.Text, before.Text)
+	}
+}
+
+// A cache of more cells than the model's context is no reason to warn, a longer sequence is.
+func TestContextWarning(t *testing.T) {
+	for context, want := range map[int]bool{512: false, 8448: true} {
+		var log bytes.Buffer
+		r, err := New(Options{ModelDir: modelDir(t), ContextTokens: context, Sequences: 1, Threads: 1, poolTokens: 8448,
+			Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Close()
+		lines := strings.Count(log.String(), "\n")
+		if got := strings.Contains(log.String(), "context_tokens=8448 trained_context_tokens=8192"); got != want || lines > 1 || !want && lines > 0 {
+			t.Errorf("context of %d tokens: logged %q, want one warning: %v", context, log.String(), want)
+		}
 	}
 }
 
