@@ -1,16 +1,23 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/jedib0t/go-pretty/v6/text"
 	"github.com/spf13/cobra"
 
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/models"
 )
 
@@ -105,17 +112,28 @@ func newModelsAddCommand(s streams) *cobra.Command {
 }
 
 func newModelsRemoveCommand(s streams) *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	cmd := &cobra.Command{
 		Use:     "rm MODEL",
 		Aliases: []string{"remove"},
 		Short:   "Remove a base model",
-		Long: "Removes a base model from the model store. Models that were tuned from it stay, but cannot answer until the same\n" +
-			"base model is added again under its name.",
+		Long: "Removes a base model from the model store, unless models that were tuned from it are there. With --force these stay,\n" +
+			"but cannot answer until the same base model is added again under its name.",
 		Args: wrongUsage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			_, store, err := openModels(cmd, s)
+			cfg, store, err := openModels(cmd, s)
 			if err != nil {
 				return err
+			}
+			if _, err := store.Get(args[0]); !force && !errors.Is(err, models.ErrNotFound) {
+				tuned, err := tunedFrom(filepath.Join(cfg.DataDir, "adapters"), args[0])
+				if err != nil {
+					return err
+				}
+				if len(tuned) > 0 {
+					return fmt.Errorf("%s is the base of %s, useless without it: %s; delete these first (DELETE /v1/models/NAME of a running server), or say --force",
+						args[0], english.Plural(len(tuned), "tuned model", ""), strings.Join(tuned, ", "))
+				}
 			}
 			if err := store.Remove(args[0]); err != nil {
 				return err
@@ -124,6 +142,25 @@ func newModelsRemoveCommand(s streams) *cobra.Command {
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "remove it although tuned models of it are there")
+	return cmd
+}
+
+// tunedFrom returns the names of the tuned models of a base model that are in the directory of the adapters. Their
+// manifests are read rather than the database, which a running server has locked.
+func tunedFrom(dir, base string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("look for tuned models: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		m, err := lora.ReadManifest(filepath.Join(dir, e.Name()))
+		if err == nil && m.BaseModel == base { // without a manifest, or with a damaged one, it cannot be served anyway
+			names = append(names, m.Name)
+		}
+	}
+	return names, nil
 }
 
 // plainLogger is the log of commands that people call: warnings, without times.

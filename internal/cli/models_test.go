@@ -3,11 +3,13 @@ package cli
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/modeltest"
 )
 
@@ -36,6 +38,18 @@ func TestModels(t *testing.T) {
 	t.Setenv("HONE_HOME", home)
 	t.Setenv("HF_ENDPOINT", "http://127.0.0.1:1") // nothing is fetched
 
+	tuned := filepath.Join(home, "adapters", "a1")
+	if err := os.MkdirAll(tuned, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := json.Marshal(lora.Manifest{ID: "a1", Name: "ft:again:local:quiz:a1", BaseModel: "again", BaseDigest: strings.Repeat("ab", 32), Rank: 1, Alpha: 1,
+		TargetModules: []string{"q_proj"}, MaxLength: 2, Files: map[string]string{lora.GGUFFile: strings.Repeat("ab", 32)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tuned, lora.ManifestFile), manifest, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	broken := filepath.Join(t.TempDir(), "broken.gguf")
 	if err := os.WriteFile(broken, []byte("GGUF\x03\x00\x00\x00"), 0o600); err != nil {
 		t.Fatal(err)
@@ -53,7 +67,8 @@ func TestModels(t *testing.T) {
 		{"pull", 0, "SmolLM2-135M-Instruct is here", ""},
 		{"pull smollm2-135m-instruct --name again", 0, "again is here", ""},
 		{"models list", 0, "b179c9523d0e", ""},
-		{"models rm again", 0, "removed again", ""},
+		{"models rm again", 1, "", "again is the base of 1 tuned model, useless without it: ft:again:local:quiz:a1; delete"},
+		{"models rm again --force", 0, "removed again", ""},
 		{"models rm again", 1, "", "no such model"},
 		{"models add " + broken, 1, "", "number of tensors"},
 		{"models add " + file + " --name SmolLM2-135M-Instruct", 1, "", "hone models rm SmolLM2-135M-Instruct"},
