@@ -60,11 +60,12 @@ func newFineTuneCreateCommand(s streams) *cobra.Command {
 			}
 			opts.training, opts.seedSet = args[0], cmd.Flags().Changed("seed")
 			request, err := jobRequest(cmd.Context(), s, c, opts)
-			if err != nil {
-				return err
+			var job client.FineTuningJob
+			if err == nil {
+				job, err = c.CreateJob(cmd.Context(), request)
 			}
-			job, err := c.CreateJob(cmd.Context(), request)
 			if err != nil {
+				removeUploads(cmd.Context(), s, c, opts, request)
 				return err
 			}
 			fmt.Fprintln(s.out, job.ID)
@@ -89,7 +90,8 @@ func newFineTuneCreateCommand(s streams) *cobra.Command {
 	return cmd
 }
 
-// jobRequest uploads the files and puts the request of the job together.
+// jobRequest puts the request of a job together and, once all else is known to be right, uploads the files. After an error
+// the request has the ids of those that were uploaded.
 func jobRequest(ctx context.Context, s streams, c *client.Client, opts jobOptions) (client.FineTuningJobRequest, error) {
 	request := client.FineTuningJobRequest{Model: opts.model}
 	options, err := honeOptions(opts.hone)
@@ -113,47 +115,96 @@ func jobRequest(ctx context.Context, s streams, c *client.Client, opts jobOption
 	if opts.seedSet {
 		request.Seed = &opts.seed
 	}
-	var recorded string
-	if request.TrainingFile, recorded, err = upload(ctx, s, c, opts.training); err != nil {
+	training, err := readTraining(opts.training)
+	if err != nil {
 		return request, err
 	}
+	var validation trainingFile
 	if opts.validation != "" {
-		id, _, err := upload(ctx, s, c, opts.validation)
-		if err != nil {
+		if validation, err = readTraining(opts.validation); err != nil {
 			return request, err
 		}
-		request.ValidationFile = &id
 	}
 	if template == "" {
-		template = recorded
+		template = training.template
 	}
 	if _, ok := options["question_template"]; !ok && template != "" {
 		options["question_template"] = template
 	}
 	if len(options) > 0 {
-		request.Hone, err = json.Marshal(options)
+		if request.Hone, err = json.Marshal(options); err != nil {
+			return request, err
+		}
 	}
-	return request, err
+	if _, err := c.Model(ctx, opts.model); err != nil {
+		return request, fmt.Errorf("model %q: %w", opts.model, err)
+	}
+	if request.TrainingFile, err = training.upload(ctx, s, c); err != nil {
+		return request, err
+	}
+	if opts.validation != "" {
+		id, err := validation.upload(ctx, s, c)
+		if err != nil {
+			return request, err
+		}
+		request.ValidationFile = &id
+	}
+	return request, nil
 }
 
-// upload sends a file and returns its id and the question template that was recorded beside it. An id goes through.
-func upload(ctx context.Context, s streams, c *client.Client, path string) (id, template string, err error) {
+// trainingFile is a file of rows that is here, or one that was uploaded before.
+type trainingFile struct {
+	path     string // or an id, if uploaded
+	data     []byte
+	template string // the question template that was recorded beside it
+	uploaded bool
+}
+
+// readTraining reads a file; what is not there but looks like the id of an uploaded one is taken for that.
+func readTraining(path string) (trainingFile, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(path, "file-") {
-		return path, "", nil
+		return trainingFile{path: path, uploaded: true}, nil
 	}
 	if err != nil {
-		return "", "", err
+		return trainingFile{}, err
 	}
-	if template, err = readRecipe(path, data); err != nil {
-		return "", "", err
+	template, err := readRecipe(path, data)
+	return trainingFile{path: path, data: data, template: template}, err
+}
+
+// upload sends the file and returns its id.
+func (f trainingFile) upload(ctx context.Context, s streams, c *client.Client) (id string, err error) {
+	if f.uploaded {
+		return f.path, nil
 	}
-	file, err := c.UploadFile(ctx, filepath.Base(path), data)
+	file, err := c.UploadFile(ctx, filepath.Base(f.path), f.data)
 	if err != nil {
-		return "", "", fmt.Errorf("upload %s: %w", path, err)
+		return "", fmt.Errorf("upload %s: %w", f.path, err)
 	}
-	fmt.Fprintf(s.err, "uploaded %s as %s\n", path, file.ID)
-	return file.ID, template, nil
+	fmt.Fprintf(s.err, "uploaded %s as %s\n", f.path, file.ID)
+	return file.ID, nil
+}
+
+// removeUploads deletes what was uploaded for a job that was not created, also after Ctrl-C. If the job was created after
+// all, and only the answer got lost, the server refuses to.
+func removeUploads(ctx context.Context, s streams, c *client.Client, opts jobOptions, request client.FineTuningJobRequest) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	remove := func(path, id string) {
+		if id == "" || id == path { // not uploaded, or not by this command
+			return
+		}
+		if err := c.DeleteFile(ctx, id); err != nil {
+			fmt.Fprintf(s.err, "%s, which was uploaded as %s, stays there: %v\n", path, id, err)
+			return
+		}
+		fmt.Fprintf(s.err, "deleted the upload %s again\n", id)
+	}
+	remove(opts.training, request.TrainingFile)
+	if request.ValidationFile != nil {
+		remove(opts.validation, *request.ValidationFile)
+	}
 }
 
 // honeOptions reads KEY=VALUE: a JSON value as it is, words separated by commas as a list where the key takes one, and
@@ -241,18 +292,19 @@ func jobTable(jobs []client.FineTuningJob) string {
 	style.Options = table.OptionsNoBordersAndSeparators
 	style.Format.Header = text.FormatUpper
 	t.SetStyle(style)
-	t.AppendHeader(table.Row{"job", "status", "base model", "tuned model", "created"})
+	t.AppendHeader(table.Row{"job", "status", "base model", "tuned model", "created", "progress"})
 	for _, j := range jobs {
-		tuned := ""
-		switch {
-		case j.FineTunedModel != nil:
+		tuned, progress := "", ""
+		if j.FineTunedModel != nil {
 			tuned = *j.FineTunedModel
-		case j.Error != nil:
-			tuned = text.Trim(j.Error.Message, 60)
-		case j.Status == "running" && j.Hone != nil && j.Hone.Progress != nil:
-			tuned = fmt.Sprintf("step %d of %d", j.Hone.Progress.Step, j.Hone.Progress.TotalSteps)
 		}
-		t.AppendRow(table.Row{j.ID, j.Status, j.Model, tuned, time.Unix(j.CreatedAt, 0).Format("2006-01-02 15:04")})
+		switch {
+		case j.Error != nil:
+			progress = text.Snip(strings.Join(strings.Fields(j.Error.Message), " "), 60, "...")
+		case j.Hone != nil && j.Hone.Progress != nil && j.Hone.Progress.TotalSteps > 0:
+			progress = fmt.Sprintf("step %d of %d", j.Hone.Progress.Step, j.Hone.Progress.TotalSteps)
+		}
+		t.AppendRow(table.Row{j.ID, j.Status, j.Model, tuned, time.Unix(j.CreatedAt, 0).Format("2006-01-02 15:04"), progress})
 	}
 	return t.Render()
 }

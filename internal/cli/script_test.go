@@ -97,11 +97,19 @@ func newSmallServer(examples string) http.Handler {
 		}
 		fmt.Fprintf(w, `{"id":"file-%s","object":"file","purpose":"fine-tune","filename":%q}`, strings.TrimSuffix(header.Filename, ".jsonl"), header.Filename)
 	})
+	mux.HandleFunc("DELETE /v1/files/{id}", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, `{"id":%q,"object":"file","deleted":true}`, r.PathValue("id"))
+	})
 	mux.HandleFunc("POST /v1/fine_tuning/jobs", func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if err := json.NewDecoder(r.Body).Decode(&s.request); err != nil {
 			panic(err)
+		}
+		if s.request.Suffix != nil && *s.request.Suffix == "refused" {
+			w.WriteHeader(http.StatusBadRequest)
+			fmt.Fprint(w, `{"error":{"message":"hone.r is 0","type":"invalid_request_error","param":"hone.r","code":null}}`)
+			return
 		}
 		fmt.Fprint(w, `{"id":"ftjob-1","status":"validating_files"}`)
 	})
@@ -127,7 +135,7 @@ const smallTuned = "ft:base:local:quiz:1"
 
 func (s *smallServer) model(w http.ResponseWriter, r *http.Request) {
 	switch id := r.PathValue("id"); id {
-	case "SmolLM2-135M-Instruct", "slow":
+	case "SmolLM2-135M-Instruct", "slow", "base":
 		fmt.Fprintf(w, `{"id":%q,"object":"model"}`, id)
 	case smallTuned:
 		template, _ := json.Marshal(client.DefaultTemplate)
