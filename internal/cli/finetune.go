@@ -300,7 +300,7 @@ func jobTable(jobs []client.FineTuningJob) string {
 		}
 		switch {
 		case j.Error != nil:
-			progress = text.Snip(strings.Join(strings.Fields(j.Error.Message), " "), 60, "...")
+			progress = text.Snip(strings.Join(strings.Fields(j.Error.Message), " "), 100, "...")
 		case j.Hone != nil && j.Hone.Progress != nil && j.Hone.Progress.TotalSteps > 0:
 			progress = fmt.Sprintf("step %d of %d", j.Hone.Progress.Step, j.Hone.Progress.TotalSteps)
 		}
