@@ -44,8 +44,10 @@ type GenerateRequest struct {
 	Stop        []string       `json:"stop,omitempty"`
 	LogProbs    bool           `json:"logprobs,omitempty"`
 	TopLogProbs int            `json:"top_logprobs,omitempty"`
-	// Choices constrains the completion to be exactly one of these strings; log-probabilities are renormalised
-	// over the choices that are still possible.
+	// Choices constrains the completion to be exactly one of these strings. Each token is chosen, greedily or by
+	// Temperature, among those whose text leads on towards a choice, parts of words included, and its log-probability is
+	// renormalised over them. So the greedy answer is the likeliest choice where each is one ASCII character (A, B, C, D);
+	// of longer ones, it is the one that the likeliest token leads to at each position, which is not always the likeliest.
 	Choices []string `json:"choices,omitempty"`
 }
 
