@@ -69,6 +69,12 @@ check: prerequisites ## gofmt and go vet
 lint: prerequisites ## golangci-lint, pinned in tools/go.mod (its first build takes about 2 minutes)
 	@$(engine); $(golangci) run ./...
 
+# The trainer waits asleep, as serve starts it, and the runner does not.
+.PHONY: bench
+bench: model ## speed of training and serving on this machine
+	@$(engine); OMP_WAIT_POLICY=passive go test -run XXX -bench Step -benchtime 20x ./internal/train
+	@$(engine); go test -run XXX -bench MultipleChoice -benchtime 48x ./internal/runner
+
 .PHONY: race
 race: ## tests of serve's half under the race detector
 	@CGO_ENABLED=1 go test -race -timeout 15m $(pure)
