@@ -23,6 +23,9 @@ import (
 
 	openai "github.com/sashabaranov/go-openai"
 
+	"golang.org/x/text/encoding/simplifiedchinese"
+
+	"github.com/hone-llm/hone/client"
 	"github.com/hone-llm/hone/internal/app"
 	"github.com/hone-llm/hone/internal/cli"
 	"github.com/hone-llm/hone/internal/models"
@@ -343,5 +346,50 @@ func TestEndToEndJob(t *testing.T) {
 	}
 	if err := h.cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM the server ended with %v, want code 0", err)
+	}
+}
+
+// TestEndToEndChinesePrediction reads the Chinese questions from a GBK file, as a spreadsheet on Windows writes it, and
+// has the default model answer them.
+func TestEndToEndChinesePrediction(t *testing.T) {
+	utf8, err := os.ReadFile("../../examples/mcq/zh.csv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gbk, err := simplifiedchinese.GBK.NewEncoder().Bytes(utf8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "zh.csv")
+	if err := os.WriteFile(path, gbk, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	questions, err := client.ReadQuestions(path, client.ReadOptions{Encoding: "gbk", NeedAnswer: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(questions) != 40 || !strings.HasPrefix(questions[0].Text, "下面哪一个") {
+		t.Fatalf("%d questions, the first %+v", len(questions), questions[0])
+	}
+	h := serve(t, home(t))
+	predictor, err := client.New(h.url+"/v1", "").NewPredictor(t.Context(), client.PredictorOptions{Model: model})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	err = predictor.Run(t.Context(), questions[:16], func(p client.Prediction) error {
+		sum, best := 0.0, 0.0
+		for _, probability := range p.Probabilities {
+			sum += probability
+			best = max(best, probability)
+		}
+		if p.Err != nil || p.Question.ID != questions[n].ID || math.Abs(sum-1) > 1e-3 || p.Confidence != best || !strings.Contains("ABCD", p.Answer) {
+			t.Errorf("prediction %d: %+v", n, p)
+		}
+		n++
+		return nil
+	})
+	if err != nil || n != 16 {
+		t.Errorf("%d predictions, %v", n, err)
 	}
 }
