@@ -88,7 +88,8 @@ cp "$here/native/Cargo.toml" "$here/native/Cargo.lock" "$build/"
 
 # 9>&-: cargo must not hold the lock when this script is killed. --locked: what is built is what Cargo.lock says.
 # Progress goes to standard error.
-(cd "$build" && CARGO_TARGET_DIR="$build/target" cargo build --release --locked >&2 9>&-) ||
+# fetch: build alone leaves out crates of other platforms, and metadata (below) wants them all.
+(cd "$build" && cargo fetch --locked >&2 9>&- && CARGO_TARGET_DIR="$build/target" cargo build --release --locked >&2 9>&-) ||
 	die "cargo could not build libtokenizers.a; its messages are above. It downloads crates: is the network reachable?"
 
 llguidance_dir=$(cd "$build" && cargo metadata --locked --offline --format-version 1 9>&- |

@@ -45,8 +45,8 @@ type GenerateRequest struct {
 	LogProbs    bool           `json:"logprobs,omitempty"`
 	TopLogProbs int            `json:"top_logprobs,omitempty"`
 	// Choices constrains the completion to be exactly one of these strings. Each token is chosen, greedily or by
-	// Temperature, among those whose text leads on towards a choice, parts of words included, and its log-probability is
-	// renormalised over them. So the greedy answer is the likeliest choice where each is one ASCII character (A, B, C, D);
+	// Temperature, among those that go on with a choice as the tokenizer writes it, and its log-probability is renormalised over
+	// them. So the greedy answer is the likeliest choice where each is one token (A, B, C, D);
 	// of longer ones, it is the one that the likeliest token leads to at each position, which is not always the likeliest.
 	Choices []string `json:"choices,omitempty"`
 }

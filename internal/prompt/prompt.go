@@ -218,7 +218,7 @@ func (b *Builder) AnswerPrompt(ctx context.Context, messages []wire.Message) ([]
 	if err != nil {
 		return nil, err
 	}
-	think, err := b.continuation(turn.think)
+	think, err := b.Continuation(turn.think)
 	if err != nil {
 		return nil, err
 	}
@@ -260,8 +260,9 @@ func (b *Builder) tokenize(text string) ([]engine.Token, error) {
 	return tokens, nil
 }
 
-// continuation returns the tokens of text that goes on after other tokens.
-func (b *Builder) continuation(text string) ([]engine.Token, error) {
+// Continuation returns the tokens of text that goes on after other tokens, such as an answer after Prompt. A training
+// row spells its answers so.
+func (b *Builder) Continuation(text string) ([]engine.Token, error) {
 	if text == "" {
 		return nil, nil
 	}
@@ -356,7 +357,7 @@ func (b *Builder) turnTokens(ctx context.Context, messages []wire.Message) (toke
 	}
 	start = len(tokens)
 	for _, text := range []string{turn.think, turn.answer} {
-		part, err := b.continuation(text)
+		part, err := b.Continuation(text)
 		if err != nil {
 			return nil, 0, &MessageError{Message: last, Err: err}
 		}

@@ -185,6 +185,13 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 		if s.constraint, err = r.constraints.choices(req.Choices); err != nil {
 			return err
 		}
+		for _, choice := range req.Choices {
+			spelling, err := r.prompts.Continuation(choice)
+			if err != nil {
+				return &child.Error{Code: child.CodeInvalidRequest, Param: "choices", Message: err.Error()}
+			}
+			s.spellings = append(s.spellings, spelling)
+		}
 		// Closed when the scheduler has let go of the sequence, which is what done says.
 		defer s.constraint.Close()
 	}

@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/modeltest"
@@ -325,7 +324,12 @@ func TestChoices(t *testing.T) {
 			}
 		}
 	}
-	a := ask(t, r, child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 20})
+	// Words of one token compete as a whole: the token "L" alone is likelier than "Paris", and would lead to London.
+	a := ask(t, r, child.GenerateRequest{Messages: chat("What is the capital of France?"), Choices: []string{"London", "Paris"}, LogProbs: true, TopLogProbs: 20})
+	if a.Text != "Paris" || len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 2 {
+		t.Errorf("London or Paris: got %q with %+v, want Paris in one token of two", a.Text, a.LogProbs)
+	}
+	a = ask(t, r, child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 20})
 	if len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 4 || a.Usage.CompletionTokens != 1 {
 		t.Errorf("one of four letters took %+v, want one token with four alternatives", a)
 	}
@@ -543,10 +547,13 @@ func randomAdapter(t testing.TB, seed uint64) string {
 	}
 	var tensors []gguf.TensorData
 	for layer := range 30 {
-		for name, out := range map[string]int64{"attn_q": width, "attn_v": kv} {
-			a, b := matrix(width, rank, 0.1), matrix(rank, out, 0.1)
-			a.Name = fmt.Sprintf("blk.%d.%s.weight.lora_a", layer, name)
-			b.Name = fmt.Sprintf("blk.%d.%s.weight.lora_b", layer, name)
+		for _, target := range []struct { // in this order: the weights follow from the seed
+			name string
+			rows int64
+		}{{"attn_q", width}, {"attn_v", kv}} {
+			a, b := matrix(width, rank, 0.1), matrix(rank, target.rows, 0.1)
+			a.Name = fmt.Sprintf("blk.%d.%s.weight.lora_a", layer, target.name)
+			b.Name = fmt.Sprintf("blk.%d.%s.weight.lora_b", layer, target.name)
 			tensors = append(tensors, a, b)
 		}
 	}
@@ -566,9 +573,6 @@ func randomAdapter(t testing.TB, seed uint64) string {
 // distance is the sum over the named alternatives of both answers' first tokens of how far their probabilities differ;
 // what an answer does not name counts as 0. It is from 0 to 2.
 func distance(a, b answer) float64 {
-	if len(a.LogProbs) == 0 || len(b.LogProbs) == 0 {
-		return 2 // one of them ended at once
-	}
 	difference := map[string]float64{}
 	for _, p := range a.LogProbs[0].Top {
 		difference[string(p.Bytes)] += math.Exp(p.LogProb)
@@ -585,13 +589,16 @@ func distance(a, b answer) float64 {
 
 func TestAdapters(t *testing.T) {
 	r := sharedRunner(t)
-	// With these seeds the first token is far likelier than the end of the answer, which would have no log-probabilities.
 	one := &child.Adapter{ID: "one", Path: randomAdapter(t, 5)}
 	two := &child.Adapter{ID: "two", Path: randomAdapter(t, 6)}
 	request := func(a *child.Adapter) child.GenerateRequest {
-		return child.GenerateRequest{Messages: chat("Which letter comes after B? Tell me about it."), MaxTokens: 8, Adapter: a, LogProbs: true, TopLogProbs: 20}
+		return child.GenerateRequest{
+			Messages: chat("Which letter comes after B?"), Choices: []string{"A", "B", "C", "D", "E", "F", "G", "H"}, Adapter: a, LogProbs: true, TopLogProbs: 20,
+		}
 	}
-	// Asked again, the prompt is in the cache and the batches are the same: equal means bit for bit.
+	// Which cells of the pool a prompt gets depends on the tests before, and the order of cells on the rounding (see
+	// series): the same adapter's answers are nearly always equal to the bit, and never far apart.
+	const same = 0.15
 	ask(t, r, request(nil))
 	base := ask(t, r, request(nil))
 	ask(t, r, request(one))
@@ -602,11 +609,11 @@ func TestAdapters(t *testing.T) {
 		t.Errorf("the adapters change too little for this test: distances %.3f, %.3f, %.3f", a, b, c)
 	}
 	for range 2 {
-		if diff := cmp.Diff(base.LogProbs, ask(t, r, request(nil)).LogProbs); diff != "" {
-			t.Fatalf("the base model after an adapter (-before +after):\n%s", diff)
+		if d := distance(base, ask(t, r, request(nil))); d > same {
+			t.Fatalf("the base model after an adapter is %.3f from what it was before", d)
 		}
-		if diff := cmp.Diff(withOne.LogProbs, ask(t, r, request(one)).LogProbs); diff != "" {
-			t.Fatalf("an adapter after the base model (-before +after):\n%s", diff)
+		if d := distance(withOne, ask(t, r, request(one))); d > same {
+			t.Fatalf("an adapter after the base model is %.3f from what it was before", d)
 		}
 	}
 
@@ -641,8 +648,8 @@ func TestAdapters(t *testing.T) {
 	}
 	// Loaded again, and again the same.
 	ask(t, r, request(one))
-	if diff := cmp.Diff(withOne.LogProbs, ask(t, r, request(one)).LogProbs); diff != "" {
-		t.Errorf("an adapter loaded again (-before +after):\n%s", diff)
+	if d := distance(withOne, ask(t, r, request(one))); d > same {
+		t.Errorf("an adapter loaded again is %.3f from what it was before", d)
 	}
 	if !r.UnloadAdapter("one") || !r.UnloadAdapter("two") {
 		t.Error("unloading at the end is reported wrongly")
@@ -672,7 +679,7 @@ func TestAdaptersTakeTurns(t *testing.T) {
 	}
 	<-started
 	got := ask(t, r, child.GenerateRequest{Messages: chat("Hello"), MaxTokens: 3, Adapter: a})
-	if got.Usage.CompletionTokens == 0 {
+	if got.Finish == "" { // it may well say nothing: its weights are random
 		t.Errorf("got %+v", got)
 	}
 	cancel()

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"slices"
 	"sync"
 
 	"github.com/hone-llm/hone/internal/child"
@@ -19,6 +20,7 @@ type sequence struct {
 	limit      int // most tokens
 	sampler    *sampler
 	constraint *llguidance.Constraint // nil: free text
+	spellings  [][]engine.Token       // of the choices, as the tokenizer writes them; nil: any
 	text       *text
 	logProbs   bool
 	top        int
@@ -38,7 +40,7 @@ func (s *sequence) next(logits []float32) (finished bool) {
 		if err != nil {
 			return s.fail(err)
 		}
-		if allowed = tokensOf(mask, len(logits)); len(allowed) == 0 {
+		if allowed = s.spelled(tokensOf(mask, len(logits))); len(allowed) == 0 {
 			return s.fail(errNoToken)
 		}
 	}
@@ -79,6 +81,31 @@ func (s *sequence) next(logits []float32) (finished bool) {
 		return s.finish("length")
 	}
 	return false
+}
+
+// spelled keeps of the allowed tokens those that go on with a choice as the tokenizer writes it. The constraint alone
+// also allows parts of words, which a model hardly ever writes: "L" would win for "London" over "Paris".
+func (s *sequence) spelled(allowed []engine.Token) []engine.Token {
+	if s.spellings == nil {
+		return allowed
+	}
+	written := s.tokens[s.prompt:]
+	var follow []engine.Token
+	for _, spelling := range s.spellings {
+		if len(spelling) > len(written) && slices.Equal(spelling[:len(written)], written) {
+			follow = append(follow, spelling[len(written)])
+		}
+	}
+	var kept []engine.Token
+	for _, t := range allowed {
+		if s.vocabulary.IsEndOfGeneration(t) || slices.Contains(follow, t) {
+			kept = append(kept, t)
+		}
+	}
+	if kept == nil { // two tokens of the same bytes, of which the constraint knows one
+		return allowed
+	}
+	return kept
 }
 
 func (s *sequence) entry(token engine.Token, logP float64) child.TokenLogProb {
