@@ -3,29 +3,14 @@ package train
 import (
 	"testing"
 
-	"github.com/hone-llm/hone/internal/ggml"
-	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/modeltest"
 )
 
 // BenchmarkStep is one optimizer step of the demo's recipe on the default model: four rows of about 65 tokens, rank 16
 // on all linear layers, dropout 0.05, loss on the answers.
 func BenchmarkStep(b *testing.B) {
-	backend, err := ggml.NewCPU(2)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer backend.Close()
-	file, err := gguf.Open(testModel(b))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer file.Close()
-	model, err := graph.Load(file, backend, graph.ExactLayout())
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer model.Close()
+	_, model := loadModel(b, modeltest.Path(b), graph.ExactLayout(), 2)
 	lora, err := model.NewLoRA(graph.LoRAOptions{Rank: 16, Alpha: 32, Dropout: 0.05, Modules: graph.AllLinear})
 	if err != nil {
 		b.Fatal(err)

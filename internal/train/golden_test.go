@@ -15,6 +15,7 @@ import (
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/modeltest"
 	"github.com/hone-llm/hone/internal/prompt"
 )
 
@@ -140,21 +141,7 @@ type goldenRun struct {
 
 func loadGolden(t *testing.T, g *golden, path string, layout graph.Layout, threads int) *goldenRun {
 	t.Helper()
-	backend, err := ggml.NewCPU(threads)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(backend.Close)
-	file, err := gguf.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	model, err := graph.Load(file, backend, layout)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(model.Close)
+	backend, model := loadModel(t, path, layout, threads)
 	lora, err := model.NewLoRA(graph.LoRAOptions{Rank: g.R, Alpha: g.LoraAlpha, Modules: graph.AllLinear})
 	if err != nil {
 		t.Fatal(err)
@@ -286,7 +273,7 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 // weights. The bounds are the product's promise (3% a tensor, 1% a loss); float32 weights show that what remains with
 // BF16 ones is rounding, and are held to much less.
 func TestGolden(t *testing.T) {
-	model := testModel(t)
+	model := modeltest.Path(t)
 	float32s := graph.Layout{Forward: ggml.F32, Backward: ggml.F32}
 	tests := []struct {
 		name, golden, path string
@@ -324,19 +311,23 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// testModel is the default model's file in the cache that make fills.
-func testModel(t testing.TB) string {
+// loadModel loads a model file in the layout; both are closed when the test ends, after what was made from them.
+func loadModel(t testing.TB, path string, layout graph.Layout, threads int) (*ggml.Backend, *graph.Model) {
 	t.Helper()
-	path := os.Getenv("HONE_TEST_MODEL")
-	if path == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path = filepath.Join(cache, "hone", "models", "SmolLM2-135M-Instruct.Q4_1.gguf")
+	backend, err := ggml.NewCPU(threads)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("the default model is not in the cache (%v): run make model", err)
+	t.Cleanup(backend.Close)
+	file, err := gguf.Open(path)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return path
+	defer file.Close()
+	model, err := graph.Load(file, backend, layout)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(model.Close)
+	return backend, model
 }

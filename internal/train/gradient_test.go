@@ -7,28 +7,13 @@ import (
 
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
-	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 )
 
 // tiny loads the tiny Llama in float32 with an adapter of random weights.
 func tiny(t *testing.T, o graph.LoRAOptions) (*graph.Model, *graph.LoRA) {
 	t.Helper()
-	backend, err := ggml.NewCPU(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(backend.Close)
-	file, err := gguf.Open("testdata/tiny-llama-q4_1.gguf")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	model, err := graph.Load(file, backend, graph.Layout{Forward: ggml.F32, Backward: ggml.F32})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(model.Close)
+	_, model := loadModel(t, "testdata/tiny-llama-q4_1.gguf", graph.Layout{Forward: ggml.F32, Backward: ggml.F32}, 1)
 	lora, err := model.NewLoRA(o)
 	if err != nil {
 		t.Fatal(err)

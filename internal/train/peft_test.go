@@ -13,9 +13,8 @@ import (
 	"testing"
 
 	"github.com/hone-llm/hone/internal/engine"
-	"github.com/hone-llm/hone/internal/ggml"
-	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/modeltest"
 )
 
 // TestPEFTLoadsExportedAdapter exports a random adapter of all modules and compares the logits that PEFT computes from
@@ -26,23 +25,9 @@ func TestPEFTLoadsExportedAdapter(t *testing.T) {
 	if python == "" {
 		t.Fatal("HONE_PYTHON is not set: run make test-peft")
 	}
-	for name, path := range map[string]string{"tiny": "testdata/tiny-llama-q4_1.gguf", "default model": testModel(t)} {
+	for name, path := range map[string]string{"tiny": "testdata/tiny-llama-q4_1.gguf", "default model": modeltest.Path(t)} {
 		t.Run(name, func(t *testing.T) {
-			backend, err := ggml.NewCPU(2)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(backend.Close)
-			file, err := gguf.Open(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer file.Close()
-			model, err := graph.Load(file, backend, graph.ExactLayout())
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(model.Close)
+			_, model := loadModel(t, path, graph.ExactLayout(), 2)
 			adapter, exported := randomAdapter(t, model)
 			random := rand.New(rand.NewPCG(12, 13))
 			dir := t.TempDir()

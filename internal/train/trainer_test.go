@@ -20,11 +20,10 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
-	"github.com/hone-llm/hone/internal/ggml"
-	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/llama"
 	"github.com/hone-llm/hone/internal/lora"
+	"github.com/hone-llm/hone/internal/modeltest"
 )
 
 // tinyJob is a job of 10 rows on the tiny model: 3 epochs of 3 steps.
@@ -234,23 +233,9 @@ func TestJobsThatCannotSucceedFailByName(t *testing.T) {
 // llama.cpp rounds activations to 8 bits where it multiplies quantised weights, so the base alone differs too: the
 // adapter must not add to that.
 func TestServedLogits(t *testing.T) {
-	for name, path := range map[string]string{"tiny": "testdata/tiny-llama-q4_1.gguf", "default model": testModel(t)} {
+	for name, path := range map[string]string{"tiny": "testdata/tiny-llama-q4_1.gguf", "default model": modeltest.Path(t)} {
 		t.Run(name, func(t *testing.T) {
-			backend, err := ggml.NewCPU(2)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(backend.Close)
-			file, err := gguf.Open(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer file.Close()
-			model, err := graph.Load(file, backend, graph.ExactLayout())
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(model.Close)
+			_, model := loadModel(t, path, graph.ExactLayout(), 2)
 			tuning, exported := randomAdapter(t, model)
 			served, err := llama.LoadModel(path, llama.ModelOptions{})
 			if err != nil {
