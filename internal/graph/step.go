@@ -1,35 +1,12 @@
 package graph
 
 import (
-	"fmt"
+	"errors"
 	"slices"
 
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 )
-
-// Batch is a packed micro-batch of T tokens. Attention stays inside a row, and positions restart at each.
-type Batch struct {
-	Tokens []engine.Token // [T]
-	Rows   []int          // [n+1] row i is tokens [Rows[i], Rows[i+1]); Rows[0] is 0, Rows[n] is T
-	// Targets are the trained predictions, in increasing order of Position.
-	Targets []Target
-	// Seeds [T] choose the dropout masks: an equal seed gives an equal mask. nil turns dropout off.
-	Seeds []uint32
-}
-
-// Target asks for Label after the token at Position: its loss counts with Weight.
-type Target struct {
-	Position int // in [0, T)
-	Label    engine.Token
-	Weight   float32
-}
-
-// Result holds one value for each of a batch's targets, in nats; Correct says whether the label was the most likely.
-type Result struct {
-	Losses  []float32
-	Correct []bool
-}
 
 // headTokens is how many targets the head takes at once: its logits are headTokens x vocabulary float32 values.
 const headTokens = 128
@@ -65,59 +42,33 @@ type saved struct {
 // Gradients runs the micro-batch forward and backward and adds the gradient of scale * sum(weight * loss) to
 // lora.Gradients. It returns ggml.ErrAborted after Backend.Abort and ggml.ErrMemory; both leave lora.Gradients half
 // changed.
-func (m *Model) Gradients(b Batch, lora *LoRA, scale float32) (Result, error) {
+func (m *Model) Gradients(b engine.Batch, lora *LoRA, scale float32) (engine.Result, error) {
 	result, _, err := m.run(b, lora, true, scale, false)
 	return result, err
 }
 
 // Evaluate runs the micro-batch forward. A nil lora evaluates the base model.
-func (m *Model) Evaluate(b Batch, lora *LoRA) (Result, error) {
+func (m *Model) Evaluate(b engine.Batch, lora *LoRA) (engine.Result, error) {
 	result, _, err := m.run(b, lora, false, 1, false)
 	return result, err
 }
 
 // Logits returns the logits of each target's position, [targets][vocabulary].
-func (m *Model) Logits(b Batch, lora *LoRA) ([][]float32, error) {
+func (m *Model) Logits(b engine.Batch, lora *LoRA) ([][]float32, error) {
 	_, logits, err := m.run(b, lora, false, 1, true)
 	return logits, err
 }
 
-func (b Batch) validate(vocabulary int) error {
-	t := len(b.Tokens)
-	if t == 0 || len(b.Rows) < 2 || b.Rows[0] != 0 || b.Rows[len(b.Rows)-1] != t || !slices.IsSorted(b.Rows) {
-		return fmt.Errorf("micro-batch: %d tokens in rows %v", t, b.Rows)
-	}
-	if b.Seeds != nil && len(b.Seeds) != t {
-		return fmt.Errorf("micro-batch: %d seeds for %d tokens", len(b.Seeds), t)
-	}
-	for _, token := range b.Tokens {
-		if token < 0 || int(token) >= vocabulary {
-			return fmt.Errorf("micro-batch: token %d is outside the vocabulary of %d", token, vocabulary)
-		}
-	}
-	last := -1
-	for _, target := range b.Targets {
-		if target.Position <= last || target.Position >= t || target.Label < 0 || int(target.Label) >= vocabulary {
-			return fmt.Errorf("micro-batch: target %+v of %d tokens", target, t)
-		}
-		last = target.Position
-	}
-	if len(b.Targets) == 0 {
-		return fmt.Errorf("micro-batch: no targets")
-	}
-	return nil
-}
-
-func (m *Model) run(b Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (Result, [][]float32, error) {
-	if err := b.validate(m.Vocabulary); err != nil {
-		return Result{}, nil, err
+func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (engine.Result, [][]float32, error) {
+	if err := b.Validate(m.Vocabulary); err != nil {
+		return engine.Result{}, nil, err
 	}
 	t, n := len(b.Tokens), len(b.Targets)
 	inputs := ggml.NewContext(16, 0)
 	defer inputs.Free()
 	tokens := inputs.New(ggml.I32, t)
 	positions := inputs.New(ggml.I32, t)
-	rows := inputs.New(ggml.I32, len(b.Rows))
+	rows := inputs.New(ggml.I32, len(b.Segments)+1)
 	index := inputs.New(ggml.I32, n)
 	labels := inputs.New(ggml.I32, n)
 	weights := inputs.New(ggml.F32, n)
@@ -131,20 +82,22 @@ func (m *Model) run(b Batch, lora *LoRA, train bool, scale float32, wantLogits b
 	}
 	buffer, err := inputs.Allocate(m.backend)
 	if err != nil {
-		return Result{}, nil, err
+		return engine.Result{}, nil, err
 	}
 	defer buffer.Free()
 	for i, token := range b.Tokens {
 		tokens.Ints()[i] = int32(token)
 	}
-	for r, start := range b.Rows[:len(b.Rows)-1] {
-		for i := start; i < b.Rows[r+1]; i++ {
-			positions.Ints()[i] = int32(i - start)
+	for i, position := range b.Positions() {
+		positions.Ints()[i] = int32(position)
+	}
+	for i, segment := range b.Segments {
+		if segment.Parent >= 0 {
+			return engine.Result{}, nil, errors.New("micro-batch: shared segments")
 		}
+		rows.Ints()[i+1] = int32(segment.End)
 	}
-	for i, start := range b.Rows {
-		rows.Ints()[i] = int32(start)
-	}
+	rows.Ints()[0] = 0
 	for i, target := range b.Targets {
 		index.Ints()[i], labels.Ints()[i], weights.Floats()[i] = int32(target.Position), int32(target.Label), target.Weight
 	}
@@ -175,9 +128,9 @@ func (m *Model) run(b Batch, lora *LoRA, train bool, scale float32, wantLogits b
 		}
 	}
 	if err := m.backend.Compute(s.graph, m.allocator); err != nil {
-		return Result{}, nil, err
+		return engine.Result{}, nil, err
 	}
-	result := Result{Losses: make([]float32, n), Correct: make([]bool, n)}
+	result := engine.Result{Losses: make([]float32, n), Correct: make([]bool, n)}
 	for i := range n {
 		result.Losses[i], result.Correct[i] = stats.Floats()[2*i], stats.Floats()[2*i+1] == 1
 	}

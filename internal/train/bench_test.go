@@ -3,6 +3,7 @@ package train
 import (
 	"testing"
 
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/modeltest"
 )
@@ -18,10 +19,10 @@ func BenchmarkStep(b *testing.B) {
 	defer lora.Close()
 	initialise(lora, 1)
 	batch := randomBatch(model.Vocabulary, 62, 64, 66, 68)
-	var answers []graph.Target
+	var answers []engine.Target
 	for _, target := range batch.Targets {
-		for _, end := range batch.Rows[1:] {
-			if end-2-target.Position <= 1 && end-2-target.Position >= 0 {
+		for _, segment := range batch.Segments {
+			if before := segment.End - 2 - target.Position; before == 0 || before == 1 {
 				answers = append(answers, target)
 			}
 		}

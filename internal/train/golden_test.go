@@ -75,19 +75,19 @@ func readGolden(t *testing.T, name string) *golden {
 }
 
 // batch packs rows of the golden file; it also returns the sum of their target weights.
-func (g *golden) batch(rows []int) (graph.Batch, float64) {
-	b, total := graph.Batch{Rows: []int{0}}, 0.0
+func (g *golden) batch(rows []int) (engine.Batch, float64) {
+	b, total := engine.Batch{}, 0.0
 	for _, r := range rows {
 		row := g.Rows[r]
 		start := len(b.Tokens)
 		for i, w := range row.Weights {
 			if w != 0 {
-				b.Targets = append(b.Targets, graph.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
+				b.Targets = append(b.Targets, engine.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
 				total += float64(w)
 			}
 		}
 		b.Tokens = append(b.Tokens, row.Tokens...)
-		b.Rows = append(b.Rows, len(b.Tokens))
+		b.Segments = append(b.Segments, engine.Segment{Start: start, End: len(b.Tokens), Parent: -1})
 	}
 	return b, total
 }

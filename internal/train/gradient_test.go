@@ -30,23 +30,22 @@ func tiny(t *testing.T, o graph.LoRAOptions) (*graph.Model, *graph.LoRA) {
 }
 
 // randomBatch packs rows of the given lengths, every token after the first of a row a target of random weight.
-func randomBatch(vocabulary int, lengths ...int) graph.Batch {
+func randomBatch(vocabulary int, lengths ...int) engine.Batch {
 	random := rand.New(rand.NewPCG(3, 4))
-	b := graph.Batch{Rows: []int{0}}
+	b := engine.Batch{Segments: engine.Rows(lengths...)}
 	for _, n := range lengths {
 		for i := range n {
 			if i > 0 {
-				b.Targets = append(b.Targets, graph.Target{Position: len(b.Tokens) - 1, Label: engine.Token(random.IntN(vocabulary)), Weight: random.Float32()})
+				b.Targets = append(b.Targets, engine.Target{Position: len(b.Tokens) - 1, Label: engine.Token(random.IntN(vocabulary)), Weight: random.Float32()})
 			}
 			b.Seeds = append(b.Seeds, random.Uint32())
 			b.Tokens = append(b.Tokens, engine.Token(random.IntN(vocabulary)))
 		}
-		b.Rows = append(b.Rows, len(b.Tokens))
 	}
 	return b
 }
 
-func weightedLoss(t *testing.T, m *graph.Model, b graph.Batch, l *graph.LoRA) float64 {
+func weightedLoss(t *testing.T, m *graph.Model, b engine.Batch, l *graph.LoRA) float64 {
 	t.Helper()
 	r, err := m.Evaluate(b, l)
 	if err != nil {
@@ -59,7 +58,7 @@ func weightedLoss(t *testing.T, m *graph.Model, b graph.Batch, l *graph.LoRA) fl
 	return sum
 }
 
-func gradients(t *testing.T, m *graph.Model, b graph.Batch, l *graph.LoRA) []float32 {
+func gradients(t *testing.T, m *graph.Model, b engine.Batch, l *graph.LoRA) []float32 {
 	t.Helper()
 	clear(l.Gradients)
 	if _, err := m.Gradients(b, l, 1); err != nil {
@@ -142,8 +141,8 @@ func TestPackedRowsAreTheSumOfRows(t *testing.T) {
 	clear(lora.Gradients)
 	first := 0
 	for r, n := range lengths {
-		start := packed.Rows[r]
-		one := graph.Batch{Tokens: packed.Tokens[start : start+n], Rows: []int{0, n}}
+		start := packed.Segments[r].Start
+		one := engine.Batch{Tokens: packed.Tokens[start : start+n], Segments: engine.Rows(n)}
 		for _, target := range packed.Targets[first : first+n-1] {
 			target.Position -= start
 			one.Targets = append(one.Targets, target)
@@ -180,15 +179,15 @@ func TestSmallGradientsSurvive(t *testing.T) {
 func TestBatchIsCheckedBeforeC(t *testing.T) {
 	model, lora := tiny(t, graph.LoRAOptions{Rank: 4, Alpha: 8, Modules: graph.AllLinear})
 	good := randomBatch(model.Vocabulary, 5)
-	for name, spoil := range map[string]func(b *graph.Batch){
-		"token":    func(b *graph.Batch) { b.Tokens = []engine.Token{0, 1, 2, 3, engine.Token(model.Vocabulary)} },
-		"label":    func(b *graph.Batch) { b.Targets = []graph.Target{{Position: 0, Label: -1, Weight: 1}} },
-		"position": func(b *graph.Batch) { b.Targets = []graph.Target{{Position: 5, Weight: 1}} },
-		"order":    func(b *graph.Batch) { b.Targets = []graph.Target{{Position: 3, Weight: 1}, {Position: 3, Weight: 1}} },
-		"rows":     func(b *graph.Batch) { b.Rows = []int{0, 4} },
-		"seeds":    func(b *graph.Batch) { b.Seeds = b.Seeds[:2] },
-		"targets":  func(b *graph.Batch) { b.Targets = nil },
-		"nothing":  func(b *graph.Batch) { *b = graph.Batch{} },
+	for name, spoil := range map[string]func(b *engine.Batch){
+		"token":    func(b *engine.Batch) { b.Tokens = []engine.Token{0, 1, 2, 3, engine.Token(model.Vocabulary)} },
+		"label":    func(b *engine.Batch) { b.Targets = []engine.Target{{Position: 0, Label: -1, Weight: 1}} },
+		"position": func(b *engine.Batch) { b.Targets = []engine.Target{{Position: 5, Weight: 1}} },
+		"order":    func(b *engine.Batch) { b.Targets = []engine.Target{{Position: 3, Weight: 1}, {Position: 3, Weight: 1}} },
+		"segments": func(b *engine.Batch) { b.Segments = engine.Rows(4) },
+		"seeds":    func(b *engine.Batch) { b.Seeds = b.Seeds[:2] },
+		"targets":  func(b *engine.Batch) { b.Targets = nil },
+		"nothing":  func(b *engine.Batch) { *b = engine.Batch{} },
 	} {
 		b := good
 		spoil(&b)

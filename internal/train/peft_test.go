@@ -32,10 +32,10 @@ func TestPEFTLoadsExportedAdapter(t *testing.T) {
 			random := rand.New(rand.NewPCG(12, 13))
 			dir := t.TempDir()
 			var tokens []engine.Token
-			b := graph.Batch{Rows: []int{0, 40}}
+			b := engine.Batch{Segments: engine.Rows(40)}
 			for i := range 40 {
 				tokens = append(tokens, engine.Token(random.IntN(model.Vocabulary)))
-				b.Targets = append(b.Targets, graph.Target{Position: i, Weight: 1})
+				b.Targets = append(b.Targets, engine.Target{Position: i, Weight: 1})
 			}
 			b.Tokens = tokens
 			ours, err := model.Logits(b, adapter)

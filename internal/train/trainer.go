@@ -22,6 +22,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
@@ -315,7 +316,7 @@ func (t *trainer) saveInterval() time.Duration {
 // sums adds up results over micro-batches.
 type sums struct{ loss, weight, correct float64 }
 
-func (s *sums) add(b graph.Batch, r graph.Result) {
+func (s *sums) add(b engine.Batch, r engine.Result) {
 	for i, target := range b.Targets {
 		w := float64(target.Weight)
 		s.loss += w * float64(r.Losses[i])
@@ -330,20 +331,20 @@ func (s *sums) meanLoss() float64 { return s.loss / s.weight }
 func (s *sums) accuracy() float64 { return s.correct / s.weight }
 
 // batch packs rows of d. With dropout, every token has its own mask.
-func (t *trainer) batch(d *dataset.Dataset, rows []int, epoch int, dropout bool) graph.Batch {
-	b := graph.Batch{Rows: []int{0}}
+func (t *trainer) batch(d *dataset.Dataset, rows []int, epoch int, dropout bool) engine.Batch {
+	b := engine.Batch{}
 	for _, r := range rows {
 		row, start := d.Rows[r], len(b.Tokens)
 		for i, w := range row.Weights {
 			if w != 0 && i > 0 {
-				b.Targets = append(b.Targets, graph.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
+				b.Targets = append(b.Targets, engine.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
 			}
 			if dropout {
 				b.Seeds = append(b.Seeds, dropoutSeed(t.plan.Seed, epoch, r, i))
 			}
 		}
 		b.Tokens = append(b.Tokens, row.Tokens...)
-		b.Rows = append(b.Rows, len(b.Tokens))
+		b.Segments = append(b.Segments, engine.Segment{Start: start, End: len(b.Tokens), Parent: -1})
 	}
 	return b
 }

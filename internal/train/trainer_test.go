@@ -250,7 +250,7 @@ func TestServedLogits(t *testing.T) {
 			var base, tuned, moved float64
 			random := rand.New(rand.NewPCG(10, 11))
 			for range 5 {
-				b := graph.Batch{Rows: []int{0, 30}, Targets: []graph.Target{{Position: 29, Weight: 1}}}
+				b := engine.Batch{Segments: engine.Rows(30), Targets: []engine.Target{{Position: 29, Weight: 1}}}
 				for range 30 {
 					b.Tokens = append(b.Tokens, engine.Token(random.IntN(model.Vocabulary)))
 				}
@@ -323,7 +323,7 @@ func servedLogits(t *testing.T, m *llama.Model, adapter *llama.Adapter, tokens [
 	return slices.Clone(context.Logits(row))
 }
 
-func trainerLogits(t *testing.T, m *graph.Model, b graph.Batch, l *graph.LoRA) []float32 {
+func trainerLogits(t *testing.T, m *graph.Model, b engine.Batch, l *graph.LoRA) []float32 {
 	t.Helper()
 	logits, err := m.Logits(b, l)
 	if err != nil {
