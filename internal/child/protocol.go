@@ -110,33 +110,82 @@ type TrainerConfig struct {
 	AdapterName    string       `json:"adapter_name"` // ft:<base>:local:<suffix>:<id>
 	Seed           int64        `json:"seed"`
 	Options        TrainOptions `json:"options"`
-	Threads        int          `json:"threads"` // 0 means all cores
+	Method         string       `json:"method,omitempty"`        // supervised ("" too), dpo
+	StartAdapter   string       `json:"start_adapter,omitempty"` // directory of the adapter to continue from (model: ft:...), ours or PEFT's
+	CacheDir       string       `json:"cache_dir,omitempty"`     // tokenized files and measured plans; "" takes Dir
+	MemoryBytes    int64        `json:"memory_bytes,omitempty"`  // budget that the server granted; 0: what is free
+	DryRun         bool         `json:"dry_run,omitempty"`       // emit dataset, plan and memory, then done without training
+	Threads        int          `json:"threads"`                 // 0 means all cores
 }
 
-// TrainOptions are the hyper-parameters of a job as requested; nil means "auto". Names are PEFT's LoraConfig's and
-// HF TrainingArguments'; OpenAI's n_epochs, batch_size and learning_rate_multiplier are translated before.
+// TrainOptions are the hyper-parameters of a job as requested; nil (or empty) means "auto". Names are PEFT's
+// LoraConfig's, HF TrainingArguments' and TRL's; OpenAI's n_epochs, batch_size, learning_rate_multiplier and beta are
+// translated before.
 type TrainOptions struct {
-	R                      *int     `json:"r,omitempty"`              // auto: 16
-	LoraAlpha              *float64 `json:"lora_alpha,omitempty"`     // auto: 2 r
-	LoraDropout            *float64 `json:"lora_dropout,omitempty"`   // auto: 0.05
-	UseRSLoRA              *bool    `json:"use_rslora,omitempty"`     // auto: false
-	TargetModules          []string `json:"target_modules,omitempty"` // auto: all seven; "all-linear" is expanded by the trainer
-	LearningRate           *float64 `json:"learning_rate,omitempty"`  // auto: by model size
-	LearningRateMultiplier *float64 `json:"learning_rate_multiplier,omitempty"`
-	NumTrainEpochs         *int     `json:"num_train_epochs,omitempty"`
-	BatchSize              *int     `json:"batch_size,omitempty"` // examples per optimizer step
-	WarmupRatio            *float64 `json:"warmup_ratio,omitempty"`
-	WarmupSteps            *int     `json:"warmup_steps,omitempty"`
-	LRSchedulerType        *string  `json:"lr_scheduler_type,omitempty"` // cosine (auto), linear, constant
-	WeightDecay            *float64 `json:"weight_decay,omitempty"`      // auto: 0
-	AdamBeta1              *float64 `json:"adam_beta1,omitempty"`
-	AdamBeta2              *float64 `json:"adam_beta2,omitempty"`
-	AdamEpsilon            *float64 `json:"adam_epsilon,omitempty"`
-	MaxGradNorm            *float64 `json:"max_grad_norm,omitempty"` // auto: 1; 0 turns clipping off
-	MaxLength              *int     `json:"max_length,omitempty"`    // auto: min(model context, 2048); longer rows are dropped and counted
-	MaxSteps               *int     `json:"max_steps,omitempty"`
-	SaveMinutes            *float64 `json:"save_minutes,omitempty"`      // auto: 5; resume state also at every epoch end
-	QuestionTemplate       *string  `json:"question_template,omitempty"` // recorded in the adapter's manifest, for `hone predict`
+	// Adapter: PEFT's LoraConfig.
+	R                 *int     `json:"r,omitempty"`                   // 1 to 256; auto: 16
+	LoraAlpha         *float64 `json:"lora_alpha,omitempty"`          // auto: 2 r
+	LoraDropout       *float64 `json:"lora_dropout,omitempty"`        // auto: 0.05
+	UseRSLoRA         *bool    `json:"use_rslora,omitempty"`          // auto: false
+	TargetModules     []string `json:"target_modules,omitempty"`      // auto: all seven; "all-linear" is expanded by the trainer
+	LayersToTransform []int    `json:"layers_to_transform,omitempty"` // auto: all layers
+	InitLoraWeights   *string  `json:"init_lora_weights,omitempty"`   // "true" (auto: kaiming-uniform A, zero B), "gaussian"
+
+	// Optimisation: HF TrainingArguments.
+	LearningRate           *float64     `json:"learning_rate,omitempty"` // auto: by model size
+	LearningRateMultiplier *float64     `json:"learning_rate_multiplier,omitempty"`
+	NumTrainEpochs         *int         `json:"num_train_epochs,omitempty"`
+	MaxSteps               *int         `json:"max_steps,omitempty"`
+	BatchSize              *int         `json:"batch_size,omitempty"` // examples per optimizer step
+	PerDeviceBatchSize     *int         `json:"per_device_train_batch_size,omitempty"`
+	GradientAccumulation   *int         `json:"gradient_accumulation_steps,omitempty"` // both together are read as their product, batch_size
+	WarmupRatio            *float64     `json:"warmup_ratio,omitempty"`
+	WarmupSteps            *int         `json:"warmup_steps,omitempty"`
+	LRSchedulerType        *string      `json:"lr_scheduler_type,omitempty"` // cosine (auto), linear, constant, constant_with_warmup, cosine_with_min_lr
+	LRSchedulerKwargs      *MinimumRate `json:"lr_scheduler_kwargs,omitempty"`
+	WeightDecay            *float64     `json:"weight_decay,omitempty"` // auto: 0
+	AdamBeta1              *float64     `json:"adam_beta1,omitempty"`
+	AdamBeta2              *float64     `json:"adam_beta2,omitempty"`
+	AdamEpsilon            *float64     `json:"adam_epsilon,omitempty"`
+	MaxGradNorm            *float64     `json:"max_grad_norm,omitempty"` // auto: 1; 0 turns clipping off
+
+	// Data.
+	MaxLength        *int    `json:"max_length,omitempty"`        // tokens; auto: min(model context, 2048)
+	LongRows         *string `json:"long_rows,omitempty"`         // rows over max_length: "drop" (auto), or "truncate" from the left of the prompt; an answer is never cut
+	TrainOnAll       *bool   `json:"train_on_all,omitempty"`      // loss on every token instead of the assistant's
+	PrefixSharing    *bool   `json:"prefix_sharing,omitempty"`    // auto: when it saves 10% of the tokens
+	QuestionTemplate *string `json:"question_template,omitempty"` // recorded in the adapter's manifest, for `hone predict`
+
+	// Objective. Choices restricts loss and accuracy to these answers: every row's last answer must be one of them.
+	// Of a DPO job: beta, loss type and label smoothing as TRL's DPOConfig.
+	Choices        []string `json:"choices,omitempty"`
+	Beta           *float64 `json:"beta,omitempty"`            // auto: 0.1
+	LossType       *string  `json:"loss_type,omitempty"`       // sigmoid (auto), ipo
+	LabelSmoothing *float64 `json:"label_smoothing,omitempty"` // auto: 0
+
+	// Evaluation, saving and reporting: HF TrainingArguments. A strategy is "no", "steps" or "epoch".
+	EvalStrategy           *string  `json:"eval_strategy,omitempty"` // auto: epoch
+	EvalSteps              *int     `json:"eval_steps,omitempty"`
+	SaveStrategy           *string  `json:"save_strategy,omitempty"` // of checkpoints; auto: epoch
+	SaveSteps              *int     `json:"save_steps,omitempty"`
+	SaveTotalLimit         *int     `json:"save_total_limit,omitempty"` // checkpoints kept; auto: 3, the best one among them
+	SaveMinutes            *float64 `json:"save_minutes,omitempty"`     // resume state; auto: 5; also at every checkpoint and epoch end
+	LoggingSteps           *int     `json:"logging_steps,omitempty"`    // auto: 1
+	LoadBestModelAtEnd     *bool    `json:"load_best_model_at_end,omitempty"`
+	MetricForBestModel     *string  `json:"metric_for_best_model,omitempty"`   // loss (auto), accuracy, choice_accuracy
+	EarlyStoppingPatience  *int     `json:"early_stopping_patience,omitempty"` // evaluations without improvement
+	EarlyStoppingThreshold *float64 `json:"early_stopping_threshold,omitempty"`
+
+	// Engine.
+	Device           *string `json:"device,omitempty"`             // auto, cpu, cuda
+	Memory           *string `json:"memory,omitempty"`             // auto, exact, middle, low: the layout of the frozen weights
+	MicroBatchTokens *int    `json:"micro_batch_tokens,omitempty"` // auto: 1024
+}
+
+// MinimumRate are the lr_scheduler_kwargs of cosine_with_min_lr; exactly one is set.
+type MinimumRate struct {
+	MinLR     *float64 `json:"min_lr,omitempty"`
+	MinLRRate *float64 `json:"min_lr_rate,omitempty"` // of the peak rate
 }
 
 // TrainerEvent is one line of a trainer's standard output. Type says which of the other fields are set.
@@ -149,6 +198,13 @@ type TrainerEvent struct {
 	TrainTokens int `json:"train_tokens,omitempty"` // of one epoch
 	ValidTokens int `json:"valid_tokens,omitempty"`
 	DroppedRows int `json:"dropped_rows,omitempty"` // longer than max_length
+	// TruncatedRows lost the left part of their prompt to max_length; SharedTokens of TrainTokens need not be computed
+	// because rows share them.
+	TruncatedRows int `json:"truncated_rows,omitempty"`
+	SharedTokens  int `json:"shared_tokens,omitempty"`
+
+	// memory: how the weights are laid out and what the job will take; before anything is loaded
+	Memory *MemoryPlan `json:"memory,omitempty"`
 
 	// plan: every "auto" is decided; training starts, or goes on at Step after a resume
 	Plan *TrainPlan `json:"plan,omitempty"`
@@ -166,11 +222,24 @@ type TrainerEvent struct {
 	LearningRate  float64 `json:"learning_rate,omitempty"`
 	GradNorm      float64 `json:"grad_norm,omitempty"`
 	TrainedTokens int64   `json:"trained_tokens,omitempty"` // since the job began, all tokens of trained rows
+	// Of jobs whose objective compares answers: how often the preferred or right one is the likeliest, and, of DPO, the
+	// mean rewards beta * log(policy/reference) of the preferred and of the other answer, as TRL logs them.
+	ChoiceAccuracy  *float64 `json:"train_choice_accuracy,omitempty"`
+	RewardsChosen   *float64 `json:"rewards_chosen,omitempty"`
+	RewardsRejected *float64 `json:"rewards_rejected,omitempty"`
 
-	// eval: the whole validation file, at an epoch's end
-	Epoch         int     `json:"epoch,omitempty"`
-	ValidLoss     float64 `json:"full_valid_loss,omitempty"`
-	ValidAccuracy float64 `json:"full_valid_mean_token_accuracy,omitempty"`
+	// eval: the whole validation file. ValidChoiceAccuracy is the share of questions that the predictor would answer
+	// right: the likeliest of the choices is the row's answer (or, of DPO, the preferred answer has the higher reward).
+	Epoch               int      `json:"epoch,omitempty"`
+	ValidLoss           float64  `json:"full_valid_loss,omitempty"`
+	ValidAccuracy       float64  `json:"full_valid_mean_token_accuracy,omitempty"`
+	ValidChoiceAccuracy *float64 `json:"full_valid_choice_accuracy,omitempty"`
+	Best                bool     `json:"best,omitempty"` // the best evaluation so far
+
+	// checkpoint: a servable adapter of Step is on disk in CheckpointDir, manifest last; Removed lists the directories of
+	// those that save_total_limit gave up
+	CheckpointDir string   `json:"checkpoint_dir,omitempty"`
+	Removed       []string `json:"removed,omitempty"`
 
 	// done: the adapter is on disk in AdapterDir, manifest last
 	// failed: Error says why; the job cannot succeed by being tried again
@@ -182,38 +251,83 @@ type TrainerEvent struct {
 
 // Types of TrainerEvent.
 const (
-	EventDataset  = "dataset"
-	EventPlan     = "plan"
-	EventProgress = "progress"
-	EventStep     = "step"
-	EventEval     = "eval"
-	EventSaved    = "saved" // a resume state at Step is on disk
-	EventLog      = "log"
-	EventDone     = "done"
-	EventFailed   = "failed"
+	EventDataset    = "dataset"
+	EventPlan       = "plan"
+	EventProgress   = "progress"
+	EventStep       = "step"
+	EventEval       = "eval"
+	EventMemory     = "memory"
+	EventSaved      = "saved" // a resume state at Step is on disk
+	EventCheckpoint = "checkpoint"
+	EventLog        = "log"
+	EventDone       = "done"
+	EventFailed     = "failed"
 )
 
-// TrainPlan is TrainOptions with every "auto" decided, and what they come to.
+// MemoryPlan is the layout that was chosen and what the job takes with it, in bytes.
+type MemoryPlan struct {
+	Device           string `json:"device"`   // cpu, or the GPU's name
+	Layout           string `json:"layout"`   // exact, middle, low
+	Forward          string `json:"forward"`  // storage of W
+	Backward         string `json:"backward"` // storage of the transposed W
+	WeightBytes      int64  `json:"weight_bytes"`
+	AdapterBytes     int64  `json:"adapter_bytes"` // weights, gradients, moments
+	ActivationBytes  int64  `json:"activation_bytes"`
+	OverheadBytes    int64  `json:"overhead_bytes"` // process, data, device context
+	TotalBytes       int64  `json:"total_bytes"`
+	FreeBytes        int64  `json:"free_bytes"` // or the budget that the server granted
+	MicroBatchTokens int    `json:"micro_batch_tokens"`
+	Recompute        bool   `json:"recompute"` // activations of a layer are computed again in the backward pass
+}
+
+// TrainPlan is TrainOptions with every "auto" decided, and what they come to. It is part of the resume state.
 type TrainPlan struct {
-	R              int      `json:"r"`
-	LoraAlpha      float64  `json:"lora_alpha"`
-	LoraDropout    float64  `json:"lora_dropout"`
-	UseRSLoRA      bool     `json:"use_rslora"`
-	TargetModules  []string `json:"target_modules"`
-	LearningRate   float64  `json:"learning_rate"`
-	NumTrainEpochs int      `json:"num_train_epochs"`
-	BatchSize      int      `json:"batch_size"`
-	WarmupSteps    int      `json:"warmup_steps"`
-	LRScheduler    string   `json:"lr_scheduler_type"`
-	WeightDecay    float64  `json:"weight_decay"`
-	AdamBeta1      float64  `json:"adam_beta1"`
-	AdamBeta2      float64  `json:"adam_beta2"`
-	AdamEpsilon    float64  `json:"adam_epsilon"`
-	MaxGradNorm    float64  `json:"max_grad_norm"`
-	MaxLength      int      `json:"max_length"`
-	TotalSteps     int      `json:"total_steps"`
-	Seed           int64    `json:"seed"`
-	ResumedStep    int      `json:"resumed_step"` // 0 for a fresh start
+	Method            string   `json:"method"` // supervised, dpo
+	R                 int      `json:"r"`
+	LoraAlpha         float64  `json:"lora_alpha"`
+	LoraDropout       float64  `json:"lora_dropout"`
+	UseRSLoRA         bool     `json:"use_rslora"`
+	TargetModules     []string `json:"target_modules"`
+	LayersToTransform []int    `json:"layers_to_transform,omitempty"` // empty: all
+	InitLoraWeights   string   `json:"init_lora_weights"`
+
+	LearningRate    float64 `json:"learning_rate"`
+	NumTrainEpochs  int     `json:"num_train_epochs"`
+	BatchSize       int     `json:"batch_size"`
+	WarmupSteps     int     `json:"warmup_steps"`
+	LRScheduler     string  `json:"lr_scheduler_type"`
+	MinLearningRate float64 `json:"min_learning_rate"` // of cosine_with_min_lr
+	WeightDecay     float64 `json:"weight_decay"`
+	AdamBeta1       float64 `json:"adam_beta1"`
+	AdamBeta2       float64 `json:"adam_beta2"`
+	AdamEpsilon     float64 `json:"adam_epsilon"`
+	MaxGradNorm     float64 `json:"max_grad_norm"`
+	TotalSteps      int     `json:"total_steps"`
+	Seed            int64   `json:"seed"`
+
+	MaxLength     int    `json:"max_length"`
+	LongRows      string `json:"long_rows"`
+	TrainOnAll    bool   `json:"train_on_all"`
+	PrefixSharing bool   `json:"prefix_sharing"`
+
+	Choices        []string `json:"choices,omitempty"`
+	Beta           float64  `json:"beta,omitempty"`
+	LossType       string   `json:"loss_type,omitempty"`
+	LabelSmoothing float64  `json:"label_smoothing,omitempty"`
+
+	EvalStrategy           string  `json:"eval_strategy"`
+	EvalSteps              int     `json:"eval_steps,omitempty"`
+	SaveStrategy           string  `json:"save_strategy"`
+	SaveSteps              int     `json:"save_steps,omitempty"`
+	SaveTotalLimit         int     `json:"save_total_limit"`
+	LoggingSteps           int     `json:"logging_steps"`
+	LoadBestModelAtEnd     bool    `json:"load_best_model_at_end"`
+	MetricForBestModel     string  `json:"metric_for_best_model"`
+	EarlyStoppingPatience  int     `json:"early_stopping_patience,omitempty"` // 0: never
+	EarlyStoppingThreshold float64 `json:"early_stopping_threshold,omitempty"`
+
+	Memory      MemoryPlan `json:"memory"`
+	ResumedStep int        `json:"resumed_step"` // 0 for a fresh start
 	// LearningRateMultiplier is LearningRate over the automatic rate, for OpenAI's hyperparameters object.
 	LearningRateMultiplier float64 `json:"learning_rate_multiplier"`
 }
