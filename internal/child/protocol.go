@@ -7,7 +7,12 @@
 // The runner also serves HTTP on a unix socket: POST /generate with a GenerateRequest answers NDJSON GenerateEvents.
 package child
 
-import "github.com/hone-llm/hone/internal/wire"
+import (
+	"fmt"
+	"path/filepath"
+
+	"github.com/hone-llm/hone/internal/wire"
+)
 
 // RunnerConfig is the first line of a runner's standard input.
 type RunnerConfig struct {
@@ -92,6 +97,9 @@ const (
 	CodeInvalidAdapter = "invalid_adapter"
 	CodeInvalidFile    = "invalid_training_file"
 	CodeInternal       = "internal_error"
+	// Of a trainer: no plan fits into the memory, and the loss was not a number again and again. The messages say what would help.
+	CodeInsufficientMemory = "insufficient_memory"
+	CodeDiverged           = "training_diverged"
 )
 
 // TrainerConfig is the first line of a trainer's standard input: one attempt at one job.
@@ -116,6 +124,14 @@ type TrainerConfig struct {
 	MemoryBytes    int64        `json:"memory_bytes,omitempty"`  // budget that the server granted; 0: what is free
 	DryRun         bool         `json:"dry_run,omitempty"`       // emit dataset, plan and memory, then done without training
 	Threads        int          `json:"threads"`                 // 0 means all cores
+}
+
+// Checkpoint says what the checkpoint of a step is: the directory that the trainer writes it into, a complete adapter
+// directory with the manifest last, and the id and name in that manifest. The server takes it up under hard links, so that
+// the trainer may keep, read and remove its own.
+func (c *TrainerConfig) Checkpoint(step int) (dir, id, name string) {
+	return filepath.Join(c.Dir, "checkpoints", fmt.Sprintf("step-%d", step)),
+		fmt.Sprintf("%s-step-%d", c.AdapterID, step), fmt.Sprintf("%s:ckpt-step-%d", c.AdapterName, step)
 }
 
 // TrainOptions are the hyper-parameters of a job as requested; nil (or empty) means "auto". Names are PEFT's
@@ -236,8 +252,8 @@ type TrainerEvent struct {
 	ValidChoiceAccuracy *float64 `json:"full_valid_choice_accuracy,omitempty"`
 	Best                bool     `json:"best,omitempty"` // the best evaluation so far
 
-	// checkpoint: a servable adapter of Step is on disk in CheckpointDir, manifest last; Removed lists the directories of
-	// those that save_total_limit gave up
+	// checkpoint: a servable adapter of Step is on disk in CheckpointDir, which TrainerConfig.Checkpoint names, manifest last;
+	// Removed lists the directories (of this attempt or of an earlier one) of those that save_total_limit gave up
 	CheckpointDir string   `json:"checkpoint_dir,omitempty"`
 	Removed       []string `json:"removed,omitempty"`
 
