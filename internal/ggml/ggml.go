@@ -276,19 +276,26 @@ func (x *Context) SwiGLUBack(gate, up, dy Tensor) (dgate, dup, node Tensor) {
 // Heads is the shape of an attention: query heads, key-value heads, and elements of one head (a multiple of 16).
 type Heads struct{ Query, KeyValue, Size int }
 
-// Attention is causal softmax attention inside each row of a packed micro-batch:
-// softmax(q k^T / sqrt(Size)) v, query heads sharing a key-value head in groups.
+// Attention is causal softmax attention over a forest of segments: a query attends to the keys of its segment's
+// ancestors, root first, and to those up to its own in its segment, softmax(q k^T / sqrt(Size)) v, query heads sharing
+// a key-value head in groups.
 //
-//	q [Size*Query, T], k and v [Size*KeyValue, T]; rows int32 [n+1]: row i is tokens [rows[i], rows[i+1]), covering all T
-func (x *Context) Attention(q, k, v, rows Tensor, h Heads) Tensor {
-	return x.custom(h.Size*h.Query, lastSize(q), C.HONE_ATTENTION, h.params(), q, k, v, rows)
+//	q [Size*Query, T], k and v [Size*KeyValue, T]
+//	segments int32 [3, n]: segment i is tokens [start, end) and the index of an earlier segment as its parent, or -1;
+//	the segments cover all T tokens and none is empty
+func (x *Context) Attention(q, k, v, segments Tensor, h Heads) Tensor {
+	return x.custom(h.Size*h.Query, lastSize(q), C.HONE_ATTENTION, h.params(), q, k, v, segments)
 }
 
-// AttentionBack returns the gradients with respect to q, k and v, given that of the output. q must be two-dimensional.
-func (x *Context) AttentionBack(q, k, v, rows, dout Tensor, h Heads) (dq, dk, dv, node Tensor) {
+// AttentionBack returns the gradients with respect to q, k and v, given that of the output, and the node that computes
+// them. A key's gradient is the sum over its segment's descendants. q must be two-dimensional.
+func (x *Context) AttentionBack(q, k, v, segments, dout Tensor, h Heads) (dq, dk, dv, node Tensor) {
 	t := q.Size(1)
 	nq, nk := h.Size*h.Query, h.Size*h.KeyValue
-	all := x.custom(nq+2*nk, t, C.HONE_ATTENTION_BACK, h.params(), q, k, v, rows, dout)
+	all := x.custom(nq+2*nq, t, C.HONE_ATTENTION_BACK, h.params(), q, k, v, segments, dout)
+	if h.Query != h.KeyValue {
+		all = x.customInPlace(all, C.HONE_SUM_HEADS, h.params(), segments)
+	}
 	return x.View(all, 0, nq, t), x.View(all, nq*t, nk, t), x.View(all, (nq+nk)*t, nk, t), all
 }
 
@@ -326,15 +333,24 @@ func (x *Context) LoRAOuter(gradient, u, v Tensor, scale float32, d Dropout) Ten
 	return x.customInPlace(gradient, C.HONE_LORA_OUTER, append(d.params(), param(scale)), u, v, d.Seeds)
 }
 
-// CrossEntropy turns logits [V, n] in place into scale * weight * (softmax - onehot(label)), the gradient of
-// scale * sum(weight * loss), and writes each token's loss in nats and whether its label has the largest logit
-// (1 or 0) into stats [2, n]. labels is int32 [n] in [0, V), weights [n].
-func (x *Context) CrossEntropy(logits, labels, weights, stats Tensor, scale float32) Tensor {
-	return x.customInPlace(logits, C.HONE_CROSS_ENTROPY, []C.int32_t{param(scale)}, labels, weights, stats)
+// CrossEntropy turns logits [V, c] in place into the gradient of scale * sum(weight * loss), and writes each target's
+// loss in nats and whether its label has the largest logit (1 or 0) into stats [2, n]. Several targets may share a
+// column, whose gradient is scale * sum over its targets of weight * (softmax - onehot(label)).
+//
+//	columns int32 [n]  the column of each target plus first, in increasing order
+//	labels  int32 [n]  in [0, V)
+//	weights [n]
+func (x *Context) CrossEntropy(logits, columns, labels, weights, stats Tensor, first int, scale float32) Tensor {
+	return x.customInPlace(logits, C.HONE_CROSS_ENTROPY, []C.int32_t{param(scale), C.int32_t(first)}, columns, labels, stats, weights)
 }
 
-// ScatterRows writes row i of v [D, n] to row index[i] of into [D, T]; without into, of a zeroed new tensor of tokens
-// rows. Indices are distinct.
+// Losses is CrossEntropy without the gradient: it writes stats and returns the logits as they are.
+func (x *Context) Losses(logits, columns, labels, stats Tensor, first int) Tensor {
+	return x.customInPlace(logits, C.HONE_CROSS_ENTROPY, []C.int32_t{0, C.int32_t(first)}, columns, labels, stats)
+}
+
+// ScatterRows adds row i of v [D, n] to row index[i] of into [D, T], in place; without into, of a zeroed new tensor of
+// tokens rows. Indices may repeat.
 func (x *Context) ScatterRows(into, v, index Tensor, tokens int) Tensor {
 	if into.Valid() {
 		return x.customInPlace(into, C.HONE_SCATTER_ROWS, []C.int32_t{0}, v, index)

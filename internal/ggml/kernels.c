@@ -25,14 +25,14 @@ INLINE float sum(vec v) {
 
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
-// vexp is e^x to about 1e-7 relative (Cephes expf's polynomial); x below -87 gives 0.
+// vexp is e^x to about 1e-7 relative (Cephes expf's polynomial); x below -87 gives 0, NaN stays NaN.
 INLINE vec vexp(vec x) {
-	x = pick(x < splat(88.f), x, splat(88.f));
+	x = pick(x > splat(88.f), splat(88.f), x);
 	ivec tiny = x < splat(-87.f);
 	x = pick(tiny, splat(-87.f), x);
-	vec t = x * splat(1.44269504088896341f);
-	vec magic = splat(12582912.f); // 1.5 * 2^23: rounds to nearest
-	vec n = (t + magic) - magic;
+	// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, so that nothing is converted.
+	vec shifted = x * splat(1.44269504088896341f) + splat(12582912.f);
+	vec n = shifted - splat(12582912.f);
 	x = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
 	vec p = splat(1.9875691500e-4f);
 	p = p * x + splat(1.3981999507e-3f);
@@ -41,8 +41,14 @@ INLINE vec vexp(vec x) {
 	p = p * x + splat(1.6666665459e-1f);
 	p = p * x + splat(5.0000001201e-1f);
 	p = p * x * x + x + splat(1.f);
-	ivec e = (__builtin_convertvector(n, ivec) + 127) << 23;
+	uvec e = ((uvec)shifted - 0x4b400000u + 127u) << 23;
 	return pick(tiny, splat(0.f), p * (vec)e);
+}
+
+INLINE float largest(vec v) {
+	float m = v[0];
+	for (int i = 1; i < W; i++) m = m > v[i] ? m : v[i];
+	return m;
 }
 
 bool hone_watch_callback(void *data) {
@@ -199,37 +205,108 @@ static void op_swiglu_back(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	}
 }
 
-// ---- attention: causal, inside each row only ---------------------------------------------------------------------
-// One task is one row and one key-value head with its group of query heads, so that nothing is summed across tasks.
-// The probabilities are recomputed in the backward pass, 32 queries at a time.
+// ---- attention over a forest of segments --------------------------------------------------------------------------
+// A query sees the keys of its segment's ancestors, root first, and those before it in its own segment: its path. The
+// transposed keys of the current path are kept in scratch as a stack, so that segments that share ancestors share them.
+//
+// The units of work are a segment and a query head (forward), a tree and a query head (backward). A thread takes a run of
+// units of about its share of the cost. In the backward pass the query heads of one key-value head each write keys' and
+// values' gradients of their own, which HONE_SUM_HEADS adds: every sum has one order, whatever the number of threads.
+// The probabilities are recomputed in the backward pass, QB queries at a time.
 
 enum { QB = 32 };
 
 struct attention {
-	int d, H, K;
+	int d, H, K, group;
+	size_t ldq, ldk;
 	const float *q, *k, *v;
-	const int32_t *rows;
-	int64_t nrows;
+	const int32_t *table; // (start, end, parent) of each segment
+	int n;                // segments
+	int *base, *depth;    // tokens before the segment on its path; its number of ancestors
+	int *order;           // segments tree by tree
+	int *tree;            // the root of a segment
+	int most;             // tokens of the longest path
+	// The path whose keys lie in kt (and vt): segments path[0..levels).
+	int *path, levels, kv;
+	size_t ld; // of kt, vt and P
+	float *kt, *vt, *P, *dP;
 };
 
-static struct attention attention_of(const struct ggml_tensor *dst) {
+INLINE int start(const struct attention *a, int s) { return a->table[3 * s]; }
+INLINE int length(const struct attention *a, int s) { return a->table[3 * s + 1] - a->table[3 * s]; }
+INLINE int parent(const struct attention *a, int s) { return a->table[3 * s + 2]; }
+
+// attention_of describes the operation and takes scratch memory for one thread.
+static struct attention attention_of(const struct ggml_tensor *dst, int backward) {
 	const int32_t *p = params(dst);
-	struct attention a = {p[0], p[1], p[2], dst->src[0]->data, dst->src[1]->data, dst->src[2]->data, dst->src[3]->data, dst->src[3]->ne[0] - 1};
+	struct attention a = {.d = p[0], .H = p[1], .K = p[2], .group = p[1] / p[2], .ldq = (size_t)p[0] * p[1], .ldk = (size_t)p[0] * p[2],
+		.q = dst->src[0]->data, .k = dst->src[1]->data, .v = dst->src[2]->data, .table = dst->src[3]->data, .n = dst->src[3]->ne[1], .kv = -1};
+	// The longest path decides how much scratch is needed, so it is found with the ancestors walked for each segment.
+	for (int s = 0; s < a.n; s++) {
+		int tokens = 0;
+		for (int i = s; i >= 0; i = parent(&a, i)) tokens += length(&a, i);
+		if (tokens > a.most) a.most = tokens;
+	}
+	a.ld = (a.most + W - 1) / W * W;
+	size_t ints = ((size_t)6 * a.n + W - 1) / W * W, square = a.ld * a.d, strip = QB * a.ld;
+	float *memory = scratch(ints + (backward ? 2 : 1) * (square + strip));
+	a.base = (int *)memory, a.depth = a.base + a.n, a.order = a.depth + a.n, a.tree = a.order + a.n, a.path = a.tree + a.n;
+	a.kt = memory + ints, a.P = a.kt + square;
+	if (backward) a.vt = a.P + strip, a.dP = a.vt + square;
+	int *first = a.path + a.n; // of a tree's segments, in order
+	for (int s = 0; s < a.n; s++) {
+		int up = parent(&a, s);
+		a.base[s] = up < 0 ? 0 : a.base[up] + length(&a, up);
+		a.depth[s] = up < 0 ? 0 : a.depth[up] + 1;
+		a.tree[s] = up < 0 ? s : a.tree[up];
+		first[s] = 0;
+	}
+	for (int s = 0; s < a.n; s++) first[a.tree[s]]++;
+	for (int s = 0, at = 0; s < a.n; s++) {
+		int count = first[s];
+		first[s] = at;
+		at += count;
+	}
+	for (int s = 0; s < a.n; s++) a.order[first[a.tree[s]]++] = s;
 	return a;
 }
 
-// probabilities fills P [nq][ld] for queries i0.. of one head: softmax over keys 0..i of q k^T / sqrt(d); zero beyond.
-static void probabilities(const struct attention *a, const float *q, size_t ldq, const float *kt, int i0, int nq, int ld, float *P) {
-	int n = (i0 + nq + W - 1) / W * W;
-	gemm(nq, n, a->d, q + i0 * ldq, ldq, 1, kt, ld, P, ld, 1.f / sqrtf((float)a->d), 0);
+// enter makes kt (and vt) hold the transposed keys (and values) of the path to segment s for one key-value head.
+static void enter(struct attention *a, int s, int kv) {
+	if (kv != a->kv) a->levels = 0;
+	a->kv = kv;
+	int from = a->depth[s] + 1;
+	for (int i = s; i >= 0 && !(a->depth[i] < a->levels && a->path[a->depth[i]] == i); i = parent(a, i)) a->path[from = a->depth[i]] = i;
+	a->levels = a->depth[s] + 1;
+	for (int l = from; l < a->levels; l++) {
+		int i = a->path[l];
+		size_t at = start(a, i) * a->ldk + (size_t)kv * a->d;
+		transpose(a->k + at, a->ldk, length(a, i), a->d, a->kt + a->base[i], a->ld);
+		if (a->vt) transpose(a->v + at, a->ldk, length(a, i), a->d, a->vt + a->base[i], a->ld);
+	}
+	size_t end = a->base[s] + length(a, s);
+	if (end % W == 0) return;
+	for (int c = 0; c < a->d; c++) // columns beyond the path are multiplied too
+		for (size_t j = end; j % W; j++) {
+			a->kt[c * a->ld + j] = 0;
+			if (a->vt) a->vt[c * a->ld + j] = 0;
+		}
+}
+
+// cost of a segment's queries for one head, in multiplications by d.
+static double cost(const struct attention *a, int s) { return length(a, s) * (a->base[s] + 0.5 * length(a, s) + 16); }
+
+// probabilities fills P [nq][ld] for the queries q0.. of one head, the first of which sees `seen` keys:
+// softmax of q k^T / sqrt(d), zero beyond a query's own keys up to a multiple of W.
+static void probabilities(const struct attention *a, const float *q, int nq, int seen) {
+	int n = (seen + nq - 1 + W - 1) / W * W;
+	gemm(nq, n, a->d, q, a->ldq, 1, a->kt, a->ld, a->P, a->ld, 1.f / sqrtf((float)a->d), 0);
 	for (int i = 0; i < nq; i++) {
-		float *p = P + (size_t)i * ld;
-		int len = i0 + i + 1;
-		for (int j = len; j < n; j++) p[j] = -INFINITY;
+		float *p = a->P + i * a->ld;
+		for (int j = seen + i; j < n; j++) p[j] = -INFINITY;
 		vec m = load(p);
 		for (int j = W; j < n; j += W) m = pick(m > load(p + j), m, load(p + j));
-		float max = m[0];
-		for (int j = 1; j < W; j++) max = max > m[j] ? max : m[j];
+		float max = largest(m);
 		vec s = splat(0.f);
 		for (int j = 0; j < n; j += W) {
 			vec e = vexp(load(p + j) - max);
@@ -243,70 +320,98 @@ static void probabilities(const struct attention *a, const float *q, size_t ldq,
 
 static void op_attention(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
-	struct attention a = attention_of(dst);
-	int group = a.H / a.K, d = a.d;
-	for (int64_t task = ith; task < a.nrows * a.K; task += nth) {
-		int64_t row = task / a.K, kv = task % a.K;
-		int64_t t0 = a.rows[row];
-		int L = a.rows[row + 1] - t0, ld = (L + W - 1) / W * W;
-		size_t ldq = (size_t)d * a.H, ldk = (size_t)d * a.K;
-		float *kt = scratch((size_t)ld * d + (size_t)QB * ld), *P = kt + (size_t)ld * d;
-		memset(kt, 0, (size_t)ld * d * sizeof(float));
-		transpose(a.k + t0 * ldk + kv * d, ldk, L, d, kt, ld);
-		for (int h = 0; h < group; h++) {
-			size_t off = t0 * ldq + (kv * group + h) * d;
-			for (int i0 = 0; i0 < L; i0 += QB) {
-				int nq = L - i0 < QB ? L - i0 : QB;
-				probabilities(&a, a.q + off, ldq, kt, i0, nq, ld, P);
-				gemm(nq, d, i0 + nq, P, ld, 1, a.v + t0 * ldk + kv * d, ldk, (float *)dst->data + off + i0 * ldq, ldq, 1.f, 0);
+	struct attention a = attention_of(dst, 0);
+	double total = 0, done = 0;
+	for (int s = 0; s < a.n; s++) total += a.H * cost(&a, s);
+	for (int kv = 0; kv < a.K; kv++)
+		for (int o = 0; o < a.n; o++)
+			for (int h = kv * a.group, s = a.order[o]; h < (kv + 1) * a.group; h++) {
+				int mine = done * nth >= total * ith && (done * nth < total * (ith + 1) || ith == nth - 1);
+				done += cost(&a, s);
+				if (!mine) continue;
+				enter(&a, s, kv);
+				size_t head = (size_t)h * a.d;
+				for (int i = 0; i < length(&a, s); i += QB) {
+					int nq = length(&a, s) - i < QB ? length(&a, s) - i : QB, seen = a.base[s] + i + 1, n = seen + nq - 1;
+					size_t at = (start(&a, s) + i) * a.ldq + head;
+					probabilities(&a, a.q + at, nq, seen);
+					for (int l = 0; l < a.levels; l++) {
+						int p = a.path[l], keys = length(&a, p) < n - a.base[p] ? length(&a, p) : n - a.base[p];
+						gemm(nq, a.d, keys, a.P + a.base[p], a.ld, 1, a.v + start(&a, p) * a.ldk + (size_t)kv * a.d, a.ldk, (float *)dst->data + at, a.ldq, 1.f, l > 0);
+					}
+				}
+			}
+}
+
+static void op_attention_back(struct ggml_tensor *dst, int ith, int nth, void *u) {
+	(void)u;
+	struct attention a = attention_of(dst, 1);
+	const float *dout = dst->src[4]->data;
+	int64_t T = dst->src[0]->ne[1];
+	float *dq = dst->data, *first = dq + T * a.ldq; // then dk and dv of each query head of a group
+	float scale = 1.f / sqrtf((float)a.d);
+	double total = 0, done = 0;
+	for (int s = 0; s < a.n; s++) total += a.H * cost(&a, s);
+	for (int o = 0, end; o < a.n; o = end) {
+		double tree = 0;
+		for (end = o; end < a.n && a.tree[a.order[end]] == a.tree[a.order[o]]; end++) tree += cost(&a, a.order[end]);
+		for (int h = 0; h < a.H; h++) {
+			int mine = done * nth >= total * ith && (done * nth < total * (ith + 1) || ith == nth - 1);
+			done += tree;
+			if (!mine) continue;
+			int kv = h / a.group;
+			size_t head = (size_t)h * a.d, khead = (size_t)kv * a.d;
+			float *dk = first + (size_t)(h % a.group) * 2 * T * a.ldk, *dv = dk + T * a.ldk;
+			for (int i = o; i < end; i++) {
+				int s = a.order[i];
+				for (int t = start(&a, s); t < start(&a, s) + length(&a, s); t++) {
+					memset(dk + t * a.ldk + khead, 0, a.d * sizeof(float));
+					memset(dv + t * a.ldk + khead, 0, a.d * sizeof(float));
+				}
+			}
+			for (int segment = o; segment < end; segment++) {
+				int s = a.order[segment];
+				enter(&a, s, kv);
+				for (int i = 0; i < length(&a, s); i += QB) {
+					int nq = length(&a, s) - i < QB ? length(&a, s) - i : QB, seen = a.base[s] + i + 1, n = seen + nq - 1, np = (n + W - 1) / W * W;
+					size_t at = (start(&a, s) + i) * a.ldq + head;
+					probabilities(&a, a.q + at, nq, seen);
+					gemm(nq, np, a.d, dout + at, a.ldq, 1, a.vt, a.ld, a.dP, a.ld, 1.f, 0);
+					for (int l = 0; l < a.levels; l++) {
+						int p = a.path[l], keys = length(&a, p) < n - a.base[p] ? length(&a, p) : n - a.base[p];
+						gemm(keys, a.d, nq, a.P + a.base[p], 1, a.ld, dout + at, a.ldq, dv + start(&a, p) * a.ldk + khead, a.ldk, 1.f, 1);
+					}
+					for (int j = 0; j < nq; j++) {
+						float *p = a.P + j * a.ld, *dp = a.dP + j * a.ld;
+						vec dot = splat(0.f);
+						for (int c = 0; c < np; c += W) dot += load(p + c) * load(dp + c);
+						float mean = sum(dot);
+						for (int c = 0; c < np; c += W) store(dp + c, load(p + c) * (load(dp + c) - mean));
+					}
+					for (int l = 0; l < a.levels; l++) {
+						int p = a.path[l], keys = length(&a, p) < n - a.base[p] ? length(&a, p) : n - a.base[p];
+						size_t key = start(&a, p) * a.ldk + khead;
+						gemm(nq, a.d, keys, a.dP + a.base[p], a.ld, 1, a.k + key, a.ldk, dq + at, a.ldq, scale, l > 0);
+						gemm(keys, a.d, nq, a.dP + a.base[p], 1, a.ld, a.q + at, a.ldq, dk + key, a.ldk, scale, 1);
+					}
+				}
 			}
 		}
 	}
 }
 
-static void op_attention_back(struct ggml_tensor *dst, int ith, int nth, void *u) {
+// op_sum_heads adds the keys' and values' gradients of a group's later query heads to those of its first one.
+static void op_sum_heads(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
-	struct attention a = attention_of(dst);
-	const float *dout = dst->src[4]->data;
-	int64_t T = dst->src[0]->ne[1];
-	int group = a.H / a.K, d = a.d;
-	size_t ldq = (size_t)d * a.H, ldk = (size_t)d * a.K;
-	float *dq = dst->data, *dk = dq + T * ldq, *dv = dk + T * ldk;
-	float scale = 1.f / sqrtf((float)d);
-	for (int64_t task = ith; task < a.nrows * a.K; task += nth) {
-		int64_t row = task / a.K, kv = task % a.K;
-		int64_t t0 = a.rows[row];
-		int L = a.rows[row + 1] - t0, ld = (L + W - 1) / W * W;
-		size_t square = (size_t)ld * d, strip = (size_t)QB * ld;
-		float *kt = scratch(2 * square + 2 * strip), *vt = kt + square, *P = vt + square, *dP = P + strip;
-		const float *k = a.k + t0 * ldk + kv * d, *v = a.v + t0 * ldk + kv * d;
-		float *dkr = dk + t0 * ldk + kv * d, *dvr = dv + t0 * ldk + kv * d;
-		memset(kt, 0, 2 * square * sizeof(float));
-		transpose(k, ldk, L, d, kt, ld);
-		transpose(v, ldk, L, d, vt, ld);
-		for (int i = 0; i < L; i++) {
-			memset(dkr + i * ldk, 0, d * sizeof(float));
-			memset(dvr + i * ldk, 0, d * sizeof(float));
-		}
-		for (int h = 0; h < group; h++) {
-			size_t off = t0 * ldq + (kv * group + h) * d;
-			const float *q = a.q + off, *g = dout + off;
-			for (int i0 = 0; i0 < L; i0 += QB) {
-				int nq = L - i0 < QB ? L - i0 : QB, n = i0 + nq, np = (n + W - 1) / W * W;
-				probabilities(&a, q, ldq, kt, i0, nq, ld, P);
-				gemm(n, d, nq, P, 1, ld, g + i0 * ldq, ldq, dvr, ldk, 1.f, 1);
-				gemm(nq, np, d, g + i0 * ldq, ldq, 1, vt, ld, dP, ld, 1.f, 0);
-				for (int i = 0; i < nq; i++) {
-					float *p = P + (size_t)i * ld, *dp = dP + (size_t)i * ld;
-					vec s = splat(0.f);
-					for (int j = 0; j < np; j += W) s += load(p + j) * load(dp + j);
-					float mean = sum(s);
-					for (int j = 0; j < np; j += W) store(dp + j, load(p + j) * (load(dp + j) - mean));
-				}
-				gemm(nq, d, n, dP, ld, 1, k, ldk, dq + off + i0 * ldq, ldq, scale, 0);
-				gemm(n, d, nq, dP, 1, ld, q + i0 * ldq, ldq, dkr, ldk, scale, 1);
-			}
-		}
+	const int32_t *p = params(dst);
+	int group = p[1] / p[2];
+	int64_t T = dst->ne[1], n = 2 * T * p[0] * p[2], from, to;
+	float *sum = (float *)dst->data + T * p[0] * p[1];
+	share(n, W, ith, nth, &from, &to);
+	for (int64_t i = from; i < to; i += W) {
+		vec s = load(sum + i);
+		for (int g = 1; g < group; g++) s += load(sum + g * n + i);
+		store(sum + i, s);
 	}
 }
 
@@ -412,50 +517,74 @@ static void op_lora_outer(struct ggml_tensor *dst, int ith, int nth, void *unuse
 
 // ---- loss --------------------------------------------------------------------------------------------------------
 
+// op_cross_entropy takes the logits of a column once, for all the targets that share it.
 static void op_cross_entropy(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
-	const int32_t *labels = dst->src[1]->data;
-	const float *weights = dst->src[2]->data;
+	const int32_t *columns = dst->src[1]->data, *labels = dst->src[2]->data;
 	float *stats = dst->src[3]->data;
-	int64_t V = dst->ne[0], from, to;
+	const float *weights = dst->src[4] ? dst->src[4]->data : NULL; // none: losses only, the logits are left as they are
+	int64_t V = dst->ne[0], n = dst->src[2]->ne[0], whole = V / W * W, from, to, end = 0;
 	float scale = paramf(dst, 0);
+	int first = params(dst)[1];
 	share(dst->ne[1], 1, ith, nth, &from, &to);
 	for (int64_t t = from; t < to; t++) {
 		float *x = (float *)dst->data + t * V;
-		float max = x[0];
-		for (int64_t i = 1; i < V; i++) max = x[i] > max ? x[i] : max;
-		float label = x[labels[t]];
-		double z = 0;
-		int64_t i = 0;
-		for (; i + W <= V; i += W) {
-			vec e = vexp(load(x + i) - max);
-			store(x + i, e);
-			z += sum(e);
+		vec m = splat(-INFINITY);
+		for (int64_t i = 0; i < whole; i += W) m = pick(m > load(x + i), m, load(x + i));
+		float max = largest(m);
+		for (int64_t i = whole; i < V; i++) max = x[i] > max ? x[i] : max;
+		int64_t begin = end;
+		while (begin < n && columns[begin] - first < t) begin++;
+		double sum_weights = 0;
+		for (end = begin; end < n && columns[end] - first == t; end++) {
+			stats[2 * end] = max - x[labels[end]];
+			stats[2 * end + 1] = x[labels[end]] >= max;
+			if (weights) sum_weights += weights[end];
 		}
-		for (; i < V; i++) z += x[i] = expf(x[i] - max);
-		stats[2 * t] = (float)(log(z) + max - label);
-		stats[2 * t + 1] = label >= max;
-		float c = (float)(weights[t] * scale / z);
-		for (i = 0; i < V; i++) x[i] *= c;
-		x[labels[t]] -= weights[t] * scale;
+		double z = 0;
+		for (int64_t block = 0; block < whole; block += 64 * W) { // short float sums inside, double outside
+			vec part = splat(0.f);
+			int64_t stop = block + 64 * W < whole ? block + 64 * W : whole;
+			for (int64_t i = block; i < stop; i += W) {
+				vec e = vexp(load(x + i) - max);
+				if (weights) store(x + i, e);
+				part += e;
+			}
+			z += sum(part);
+		}
+		for (int64_t i = whole; i < V; i++) {
+			float e = expf(x[i] - max);
+			if (weights) x[i] = e;
+			z += e;
+		}
+		for (int64_t i = begin; i < end; i++) stats[2 * i] = (float)(log(z) + stats[2 * i]);
+		if (!weights) continue;
+		float c = (float)(sum_weights * scale / z);
+		for (int64_t i = 0; i < V; i++) x[i] *= c;
+		for (int64_t i = begin; i < end; i++) x[labels[i]] -= weights[i] * scale;
 	}
 }
 
 static void op_scatter_rows(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
-	int fresh = params(dst)[0]; // a new tensor is zeroed; in place, rows are written over what is there
+	int fresh = params(dst)[0]; // a new tensor is zeroed first
 	const struct ggml_tensor *x = dst->src[fresh ? 0 : 1];
 	const int32_t *index = dst->src[fresh ? 1 : 2]->data;
 	int64_t D = dst->ne[0], from, to;
 	share(dst->ne[1], 1, ith, nth, &from, &to);
 	if (fresh) memset((float *)dst->data + from * D, 0, (to - from) * D * sizeof(float));
-	for (int64_t i = 0; i < x->ne[1]; i++)
-		if (index[i] >= from && index[i] < to) memcpy((float *)dst->data + index[i] * D, (const float *)x->data + i * D, D * sizeof(float));
+	for (int64_t i = 0; i < x->ne[1]; i++) {
+		if (index[i] < from || index[i] >= to) continue;
+		float *y = (float *)dst->data + index[i] * D;
+		const float *v = (const float *)x->data + i * D;
+		for (int64_t j = 0; j < D; j++) y[j] += v[j];
+	}
 }
 
 static const ggml_custom_op_t ops[] = {
 	[HONE_RMS_NORM] = op_rms_norm,         [HONE_RMS_NORM_BACK] = op_rms_norm_back, [HONE_SWIGLU] = op_swiglu,
 	[HONE_SWIGLU_BACK] = op_swiglu_back,   [HONE_ATTENTION] = op_attention,         [HONE_ATTENTION_BACK] = op_attention_back,
+	[HONE_SUM_HEADS] = op_sum_heads,
 	[HONE_LORA_DOWN] = op_lora_down,       [HONE_LORA_UP] = op_lora_up,             [HONE_LORA_OUTER] = op_lora_outer,
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
 };

@@ -23,13 +23,14 @@ enum hone_op {
 	HONE_RMS_NORM_BACK, // (x, gamma, dy, residual or none; eps) -> dx + residual
 	HONE_SWIGLU,        // (gate [F,T], up [F,T]) -> silu(gate) * up
 	HONE_SWIGLU_BACK,   // (gate, up, dy) -> [F, 2T]: dgate, then dup
-	HONE_ATTENTION,     // (q [d*H,T], k [d*K,T], v [d*K,T], rows i32 [n+1]; d, H, K) -> [d*H,T]
-	HONE_ATTENTION_BACK, // (q, k, v, rows, dout; d, H, K) -> flat: dq, dk, dv
+	HONE_ATTENTION,     // (q [d*H,T], k [d*K,T], v [d*K,T], segments i32 [3,n]: start, end, parent or -1; d, H, K) -> [d*H,T]
+	HONE_ATTENTION_BACK, // (q, k, v, segments, dout; d, H, K) -> flat: dq, then dk and dv of each of the H/K heads of a group
+	HONE_SUM_HEADS,     // in place on HONE_ATTENTION_BACK's result (d, H, K): the first dk and dv += the others
 	HONE_LORA_DOWN,     // (x [in,T], w [in,r], seeds i32 [T] or none; module, threshold) -> [r,T]
 	HONE_LORA_UP,       // in place on y [n,T]: (y, u [r,T], w [n,r] as r rows of n, seeds or none; scale, module, threshold)
 	HONE_LORA_OUTER,    // in place on g [n,r]: (g, u [r,T], x [n,T], seeds or none; scale, module, threshold): g += scale u^T x
-	HONE_CROSS_ENTROPY, // in place on logits [V,n]: (logits, labels i32 [n], weights [n], stats [2,n]; scale)
-	HONE_SCATTER_ROWS,  // in place or new [D,T]: (x [D,n], index i32 [n])
+	HONE_CROSS_ENTROPY, // in place on logits [V,c]: (logits, columns i32 [n], labels i32 [n], stats [2,n], weights [n] or none; scale, first column)
+	HONE_SCATTER_ROWS,  // in place or new [D,T]: (x [D,n], index i32 [n]; new)
 };
 
 // hone_transpose_bf16 writes the transpose of the [rows, cols] matrix src as bfloat16 (dst [cols, rows]).

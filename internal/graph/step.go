@@ -1,14 +1,11 @@
 package graph
 
 import (
-	"errors"
-	"slices"
-
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 )
 
-// headTokens is how many targets the head takes at once: its logits are headTokens x vocabulary float32 values.
+// headTokens is how many positions the head takes at once: its logits are headTokens x vocabulary float32 values.
 const headTokens = 128
 
 // nodesPerLayer bounds the graph's nodes (operations and views) of a layer, forward and backward.
@@ -24,7 +21,7 @@ type step struct {
 	ctx       *ggml.Context
 	graph     *ggml.Graph
 	positions ggml.Tensor
-	rows      ggml.Tensor
+	segments  ggml.Tensor
 	seeds     ggml.Tensor
 	rope      ggml.Rope
 	tokens    int
@@ -64,12 +61,19 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		return engine.Result{}, nil, err
 	}
 	t, n := len(b.Tokens), len(b.Targets)
+	distinct := 1 // positions of targets: the logits of each are computed once
+	for i := 1; i < n; i++ {
+		if b.Targets[i].Position != b.Targets[i-1].Position {
+			distinct++
+		}
+	}
 	inputs := ggml.NewContext(16, 0)
 	defer inputs.Free()
 	tokens := inputs.New(ggml.I32, t)
 	positions := inputs.New(ggml.I32, t)
-	rows := inputs.New(ggml.I32, len(b.Segments)+1)
-	index := inputs.New(ggml.I32, n)
+	segments := inputs.New(ggml.I32, 3, len(b.Segments))
+	index := inputs.New(ggml.I32, distinct)
+	columns := inputs.New(ggml.I32, n)
 	labels := inputs.New(ggml.I32, n)
 	weights := inputs.New(ggml.F32, n)
 	stats := inputs.New(ggml.F32, 2, n)
@@ -78,7 +82,7 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		seeds = inputs.New(ggml.I32, t)
 	}
 	if wantLogits {
-		logits = inputs.New(ggml.F32, m.Vocabulary, n)
+		logits = inputs.New(ggml.F32, m.Vocabulary, distinct)
 	}
 	buffer, err := inputs.Allocate(m.backend)
 	if err != nil {
@@ -92,14 +96,15 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		positions.Ints()[i] = int32(position)
 	}
 	for i, segment := range b.Segments {
-		if segment.Parent >= 0 {
-			return engine.Result{}, nil, errors.New("micro-batch: shared segments")
-		}
-		rows.Ints()[i+1] = int32(segment.End)
+		copy(segments.Ints()[3*i:], []int32{int32(segment.Start), int32(segment.End), int32(segment.Parent)})
 	}
-	rows.Ints()[0] = 0
+	column := 0
 	for i, target := range b.Targets {
-		index.Ints()[i], labels.Ints()[i], weights.Floats()[i] = int32(target.Position), int32(target.Label), target.Weight
+		if i > 0 && target.Position != b.Targets[i-1].Position {
+			column++
+		}
+		index.Ints()[column], columns.Ints()[i] = int32(target.Position), int32(column)
+		labels.Ints()[i], weights.Floats()[i] = int32(target.Label), target.Weight
 	}
 	if seeds.Valid() {
 		for i, seed := range b.Seeds {
@@ -107,10 +112,10 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		}
 	}
 
-	nodes := m.Layers*nodesPerLayer + 40*(n/headTokens+2)
+	nodes := m.Layers*nodesPerLayer + 40*(distinct/headTokens+2)
 	s := &step{
 		Model: m, lora: lora, train: train, scale: scale, tokens: t,
-		ctx: ggml.NewContext(nodes, nodes), positions: positions, rows: rows, seeds: seeds,
+		ctx: ggml.NewContext(nodes, nodes), positions: positions, segments: segments, seeds: seeds,
 		rope: ggml.Rope{Dimensions: m.RopeDimensions, Base: m.RopeBase, Scale: m.RopeScale, Factors: m.ropeFactors},
 	}
 	defer s.ctx.Free()
@@ -121,7 +126,7 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	for i := range m.layers {
 		x = s.forward(i, x, &layers[i])
 	}
-	gradient := s.head(x, index, labels, weights, stats, logits, n)
+	gradient := s.head(x, targets{index, columns, labels, weights, stats, logits})
 	if train {
 		for i := len(layers) - 1; i >= 0; i-- {
 			gradient = s.backward(i, gradient, layers[i])
@@ -136,8 +141,8 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	}
 	var out [][]float32
 	if wantLogits {
-		for chunk := range slices.Chunk(slices.Clone(logits.Floats()), m.Vocabulary) {
-			out = append(out, chunk)
+		for _, column := range columns.Ints() {
+			out = append(out, append([]float32(nil), logits.Floats()[int(column)*m.Vocabulary:][:m.Vocabulary]...))
 		}
 	}
 	return result, out, nil
@@ -206,7 +211,7 @@ func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
 	save.q = s.rotate(s.linear(i, Query, normed, save), s.Heads.Query, false)
 	save.k = s.rotate(s.linear(i, Key, normed, save), s.Heads.KeyValue, false)
 	save.v = s.linear(i, Value, normed, save)
-	save.attended = s.add(s.ctx.Attention(save.q, save.k, save.v, s.rows, s.Heads))
+	save.attended = s.add(s.ctx.Attention(save.q, save.k, save.v, s.segments, s.Heads))
 	save.middle = s.add(s.ctx.Add(x, s.linear(i, Output, save.attended, save)))
 	normed = s.add(s.ctx.RMSNorm(save.middle, l.feedForwardNorm, s.Epsilon))
 	save.gate = s.linear(i, Gate, normed, save)
@@ -228,7 +233,7 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	dmiddle := s.add(s.ctx.RMSNormBack(save.middle, l.feedForwardNorm, dnormed, dy, s.Epsilon))
 
 	dattended := s.linearBack(i, Output, save.attended, dmiddle, save, true)
-	dq, dk, dv, node := s.ctx.AttentionBack(save.q, save.k, save.v, s.rows, dattended, s.Heads)
+	dq, dk, dv, node := s.ctx.AttentionBack(save.q, save.k, save.v, s.segments, dattended, s.Heads)
 	s.add(node)
 	dq = s.rotate(dq, s.Heads.Query, true)
 	dk = s.rotate(dk, s.Heads.KeyValue, true)
@@ -244,24 +249,41 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	return s.add(s.ctx.RMSNormBack(save.x, l.attentionNorm, dnormed, dmiddle, s.Epsilon))
 }
 
+// targets are the inputs and outputs of the head for n targets at c distinct positions.
+type targets struct {
+	index           ggml.Tensor // int32 [c] positions
+	columns, labels ggml.Tensor // int32 [n]; columns says which of the c positions
+	weights         ggml.Tensor // [n]
+	stats           ggml.Tensor // [2, n] losses, and whether the label was the most likely
+	logits          ggml.Tensor // [V, c], or none: not wanted
+}
+
 // head computes the losses of the targets (logits only where they are needed) and, when training, returns the gradient
 // with respect to x [D, T].
-func (s *step) head(x, index, labels, weights, stats, logits ggml.Tensor, n int) ggml.Tensor {
+func (s *step) head(x ggml.Tensor, t targets) ggml.Tensor {
 	var dx ggml.Tensor
-	for from := 0; from < n; from += headTokens {
-		count := min(headTokens, n-from)
-		rows := s.ctx.View(index, from, count)
+	column := t.columns.Ints()
+	for from, first := 0, 0; from < t.index.Size(0); from += headTokens {
+		count := min(headTokens, t.index.Size(0)-from)
+		n := 0 // targets of the chunk
+		for first+n < len(column) && int(column[first+n]) < from+count {
+			n++
+		}
+		rows := s.ctx.View(t.index, from, count)
 		picked := s.add(s.ctx.GetRows(x, rows))
 		normed := s.add(s.ctx.RMSNorm(picked, s.norm, s.Epsilon))
 		out := s.add(s.ctx.MulMat(s.Model.head.w, normed))
-		if logits.Valid() {
-			all := s.ctx.View(logits, from*s.Vocabulary, s.Vocabulary, count)
-			s.add(s.ctx.Copy(out, all))
+		if t.logits.Valid() {
+			s.add(s.ctx.Copy(out, s.ctx.View(t.logits, from*s.Vocabulary, s.Vocabulary, count)))
 		}
-		out = s.add(s.ctx.CrossEntropy(out, s.ctx.View(labels, from, count), s.ctx.View(weights, from, count), s.ctx.View(stats, 2*from, 2, count), s.scale))
+		columns, labels, stats := s.ctx.View(t.columns, first, n), s.ctx.View(t.labels, first, n), s.ctx.View(t.stats, 2*first, 2, n)
+		weights := s.ctx.View(t.weights, first, n)
+		first += n
 		if !s.train {
+			s.add(s.ctx.Losses(out, columns, labels, stats, from))
 			continue
 		}
+		out = s.add(s.ctx.CrossEntropy(out, columns, labels, weights, stats, from, s.scale))
 		dnormed := s.add(s.ctx.MulMat(s.Model.head.wt, out))
 		dpicked := s.add(s.ctx.RMSNormBack(picked, s.norm, dnormed, ggml.Tensor{}, s.Epsilon))
 		dx = s.add(s.ctx.ScatterRows(dx, dpicked, rows, s.tokens))
