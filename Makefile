@@ -89,8 +89,8 @@ test-clients: build model $(openai_venv)/bin/python ## curl and the official ope
 
 .PHONY: golden
 golden: model $(python) ## compute the trainer's golden files again (installs PyTorch)
-	$(python) scripts/golden/llama_golden.py tiny internal/train/testdata
-	$(python) scripts/golden/llama_golden.py smollm2 $(HONE_TEST_MODEL) internal/train/testdata
+	$(python) scripts/golden/train_golden.py tiny internal/train/testdata
+	$(python) scripts/golden/train_golden.py smollm2 $(HONE_TEST_MODEL) internal/train/testdata
 
 $(python): scripts/golden/requirements.txt
 	python3 -m venv build/venv

@@ -19,7 +19,7 @@ import (
 	"github.com/hone-llm/hone/internal/prompt"
 )
 
-// golden is what scripts/golden/llama_golden.py writes; its head explains every field.
+// golden is what scripts/golden/train_golden.py writes; its head explains every field.
 type golden struct {
 	R         int     `json:"r"`
 	LoraAlpha float64 `json:"lora_alpha"`

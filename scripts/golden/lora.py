@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gguf_llama import MODULES
+from gguf_model import MODULES
+
+TARGETS = [hf.split(".")[1] for _, hf in MODULES]
 
 SEED_VALUES = 1  # of A and B
 SEED_SKETCH = 2  # of the signs that gradients are projected on
@@ -58,10 +60,13 @@ def sketch(tensor, values):
     return out
 
 
-def add(model, r, alpha):
-    """Puts LoRA on all seven projections of every layer. Returns the PEFT model and its tensors in the order of their
-    tensor numbers, as (tensor number, name, parameter); name is like layers.0.self_attn.q_proj.lora_A."""
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=[hf.split(".")[1] for _, hf in MODULES])
+def add(model, r, alpha, targets=None, layers=None, rslora=False):
+    """Puts LoRA on the named projections (q_proj, ...; None: all seven) of the given layers (None: every one). Returns
+    the PEFT model and its tensors in the order of their tensor numbers, as (tensor number, name, parameter); name is
+    like layers.0.self_attn.q_proj.lora_A."""
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or TARGETS, layers_to_transform=layers, use_rslora=rslora
+    )
     model = get_peft_model(model, config)
     parameters = dict(model.named_parameters())
     tensors = []
@@ -69,8 +74,11 @@ def add(model, r, alpha):
         for m, (_, hf) in enumerate(MODULES):
             for which, letter in enumerate("AB"):
                 name = f"layers.{layer}.{hf}.lora_{letter}"
-                p = parameters[f"base_model.model.model.{name}.default.weight"]
-                tensors.append(((layer * 7 + m) * 2 + which, name, p))
+                p = parameters.pop(f"base_model.model.model.{name}.default.weight", None)
+                if p is not None:
+                    tensors.append(((layer * 7 + m) * 2 + which, name, p))
+    if left := [name for name in parameters if "lora_" in name]:
+        raise SystemExit(f"PEFT made LoRA tensors that are not expected: {left}")
     return model, tensors
 
 

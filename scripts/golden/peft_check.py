@@ -16,7 +16,7 @@ import warnings
 import torch
 from peft import PeftModel
 
-import gguf_llama
+import gguf_model
 
 
 def main():
@@ -25,7 +25,7 @@ def main():
     base, directory, tokens, out = sys.argv[1:]
     # A tensor that the directory lacks would keep PEFT's own initialisation, and PEFT only warns.
     warnings.filterwarnings("error", message="Found missing adapter keys")
-    model = PeftModel.from_pretrained(gguf_llama.load(base), directory).float().eval()
+    model = PeftModel.from_pretrained(gguf_model.load(base), directory).float().eval()
     config = model.peft_config["default"]
     with open(tokens) as f:
         rows = json.load(f)

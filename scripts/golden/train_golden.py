@@ -1,10 +1,10 @@
-"""Writes the golden files of the trainer: what PyTorch + transformers + PEFT compute for a quantised Llama.
+"""Writes the golden files of the trainer: what PyTorch + transformers + PEFT compute for quantised models.
 
-    python llama_golden.py tiny OUT_DIR            makes two tiny random GGUF models and their golden files
-    python llama_golden.py smollm2 BASE.gguf OUT_DIR   golden files of the default model
+    python train_golden.py tiny OUT_DIR [NAME...]  makes tiny random GGUF models (tiny_models.py) and their golden files
+    python train_golden.py smollm2 BASE.gguf OUT_DIR   golden files of the default model
 
-Base weights are dequantised to float32 (gguf_llama.py); LoRA is on all seven projections, without dropout; A and B
-come from the generator in lora.py. Each golden file is NAME.golden.json (rows, hyper-parameters, losses) and
+Base weights are dequantised to float32 (gguf_model.py); LoRA has no dropout; A and B come from the generator in
+lora.py. Each golden file is NAME.golden.json (rows, hyper-parameters, losses) and
 NAME.golden.safetensors (tensors). Names of tensors are PEFT's without its prefix: layers.N.self_attn.q_proj.lora_A.
 A is [r, in], B is [out, r]; rows of B of q and k are in Hugging Face's order, and so are their gradients.
 
@@ -13,7 +13,8 @@ before it. The loss of a batch is the sum of the cross entropies of all its trai
 
 JSON keys
     rows                the rows
-    r, lora_alpha       LoRA; the scale is lora_alpha / r
+    r, lora_alpha       LoRA; the scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r)
+    target_modules, layers_to_transform, use_rslora   PEFT's; absent: all seven projections, all layers, false
     gradient            one batch, made with B of bound b_bound:
       rows, b_bound     row numbers; B is not 0 here, so that A has gradients too
       loss, norm        its loss; the global norm of all gradients
@@ -21,13 +22,12 @@ JSON keys
       b_bound, batches  rows of every step
       steps             loss (before the update), grad_norm (before clipping), learning_rate (of the update) of each step
       ...               betas, eps, weight_decay, max_grad_norm, warmup_steps, lr: torch.optim.AdamW and transformers'
-                        get_cosine_schedule_with_warmup, whose first rate is 0
+                        get_scheduler of lr_scheduler_type (absent: cosine) and min_lr_rate, whose first rate is 0
     full                tensors whose gradient is stored whole, with the factor that it was divided by
 
 safetensors
-    grad_norm [n], grad_sketch [n, 64]   by tensor number (lora.py), of the gradient batch
+    grad_norm [n], grad_sketch [n, 64]   by tensor number (lora.py), of the gradient batch; 0 where there is no LoRA
     grad.NAME                            gradient divided by full[NAME]
-    init.NAME                            (tiny only) A and B of the gradient batch, to check a generator against
     logits                               (tiny only) [rows of the gradient batch, vocabulary], of each row's last token
 """
 
@@ -37,97 +37,14 @@ import math
 import os
 import random
 
-import gguf
 import numpy as np
 import torch
-from gguf.quants import quantize
 from safetensors.numpy import save_file
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
-import gguf_llama
+import gguf_model
 import lora
-
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MERGES = ["t h", "th e", "i n", "a n", "e r", "o n", "r e", "a t", "e n", "o r", "e s", "i s", "an d"]
-
-
-def byte_pieces():
-    """GPT-2's printable stand-ins of the 256 bytes, in the order of the bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    pieces, spare = [], 256
-    for b in range(256):
-        if b in printable:
-            pieces.append(chr(b))
-        else:
-            pieces.append(chr(spare))
-            spare += 1
-    return pieces
-
-
-def write_tiny(path, quant, layers, tied, seed):
-    """Writes a random Llama that llama.cpp loads: 3 special tokens, the 256 bytes and a few merges; a ChatML template."""
-    rng = np.random.default_rng(seed)
-    hidden, ff, heads, kv_heads, head_dim = 64, 160, 4, 2, 16
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + byte_pieces() + [m.replace(" ", "") for m in MERGES]
-    w = gguf.GGUFWriter(path, "llama")
-    w.add_name("tiny random llama")
-    w.add_context_length(512)
-    w.add_embedding_length(hidden)
-    w.add_block_count(layers)
-    w.add_feed_forward_length(ff)
-    w.add_head_count(heads)
-    w.add_head_count_kv(kv_heads)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_freq_base(10000.0)
-    w.add_rope_dimension_count(head_dim)
-    w.add_vocab_size(len(tokens))
-    w.add_file_type({gguf.GGMLQuantizationType.Q4_1: 3, gguf.GGMLQuantizationType.Q8_0: 7}[quant])
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
-    w.add_token_list(tokens)
-    w.add_token_types([gguf.TokenType.CONTROL] * len(special) + [gguf.TokenType.NORMAL] * (len(tokens) - len(special)))
-    w.add_token_merges(MERGES)
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
-    w.add_pad_token_id(2)
-    w.add_add_bos_token(False)
-    w.add_add_space_prefix(False)
-    w.add_chat_template(CHATML)
-
-    def matrix(name, rows, columns, scale, quant, permuted_heads=0):
-        m = rng.normal(0, scale, (rows, columns)).astype(np.float32)
-        if permuted_heads:
-            m = gguf_llama.permute(m, permuted_heads)
-        w.add_tensor(name, quantize(m, quant), raw_dtype=quant)
-
-    def norm(name):
-        w.add_tensor(name, (1 + 0.2 * rng.normal(0, 1, hidden)).astype(np.float32))
-
-    matrix("token_embd.weight", len(tokens), hidden, 0.2, gguf.GGMLQuantizationType.Q8_0)
-    for i in range(layers):
-        norm(f"blk.{i}.attn_norm.weight")
-        matrix(f"blk.{i}.attn_q.weight", heads * head_dim, hidden, 0.2, quant, heads)
-        matrix(f"blk.{i}.attn_k.weight", kv_heads * head_dim, hidden, 0.2, quant, kv_heads)
-        matrix(f"blk.{i}.attn_v.weight", kv_heads * head_dim, hidden, 0.12, quant)
-        matrix(f"blk.{i}.attn_output.weight", hidden, heads * head_dim, 0.12, quant)
-        norm(f"blk.{i}.ffn_norm.weight")
-        matrix(f"blk.{i}.ffn_gate.weight", ff, hidden, 0.12, quant)
-        matrix(f"blk.{i}.ffn_up.weight", ff, hidden, 0.12, quant)
-        matrix(f"blk.{i}.ffn_down.weight", hidden, ff, 0.12, quant)
-    norm("output_norm.weight")
-    if not tied:
-        matrix("output.weight", len(tokens), hidden, 0.2, quant)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return len(tokens)
+import tiny_models
 
 
 def random_rows(vocabulary, count, seed):
@@ -164,21 +81,23 @@ def batch_loss(model, rows):
     return total
 
 
-def write_golden(name, base, rows, batches, r, alpha, lr, gradient_rows, gradient_b, curve_b, full, tiny, out):
+def write_golden(
+    name, base, rows, batches, r, alpha, lr, gradient_rows, gradient_b, curve_b, full, tiny, out,
+    targets=None, layers=None, rslora=False, scheduler="cosine", min_lr_rate=None, weight_decay=0.0,
+):
     torch.manual_seed(0)
-    model, tensors = lora.add(gguf_llama.load(base), r, alpha)
+    model, tensors = lora.add(gguf_model.load(base), r, alpha, targets, layers, rslora)
     parameters = [p for _, _, p in tensors]
-    arrays = {}
+    count = model.config.num_hidden_layers * 7 * 2
+    arrays = {"grad_norm": np.zeros(count, dtype=np.float32), "grad_sketch": np.zeros((count, 64), dtype=np.float32)}
 
     # One batch's gradients.
     lora.initialise(tensors, gradient_b)
     loss = batch_loss(model, [rows[i] for i in gradient_rows])
-    arrays["grad_norm"] = np.array([p.grad.norm().item() for p in parameters], dtype=np.float32)
-    arrays["grad_sketch"] = np.stack([lora.sketch(n, p.grad.numpy()) for n, _, p in tensors])
     factors = {}
-    for _, tensor, p in tensors:
-        if tiny:
-            arrays["init." + tensor] = p.detach().numpy().copy()
+    for number, tensor, p in tensors:
+        arrays["grad_norm"][number] = p.grad.norm().item()
+        arrays["grad_sketch"][number] = lora.sketch(number, p.grad.numpy())
         if full(tensor):
             factor = 1.0 if tiny else p.grad.abs().max().item()  # float16 holds values near 1 best
             factors[tensor] = factor
@@ -199,8 +118,9 @@ def write_golden(name, base, rows, batches, r, alpha, lr, gradient_rows, gradien
     warmup = len(batches) // 10
     betas, eps, max_norm = (0.9, 0.999), 1e-8, 1.0
     lora.initialise(tensors, curve_b)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    specific = {"min_lr_rate": min_lr_rate} if min_lr_rate is not None else None
+    schedule = get_scheduler(scheduler, optimizer, warmup, len(batches), scheduler_specific_kwargs=specific)
     steps = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad()
@@ -217,12 +137,23 @@ def write_golden(name, base, rows, batches, r, alpha, lr, gradient_rows, gradien
         "warmup_steps": warmup,
         "betas": betas,
         "eps": eps,
-        "weight_decay": 0.0,
+        "weight_decay": weight_decay,
         "max_grad_norm": max_norm,
         "batches": batches,
         "steps": steps,
     }
-    golden = {"r": r, "lora_alpha": alpha, "gradient": gradient, "curve": curve, "full": factors}
+    if scheduler != "cosine":
+        curve["lr_scheduler_type"] = scheduler
+    if min_lr_rate is not None:
+        curve["min_lr_rate"] = min_lr_rate
+    recipe = {"r": r, "lora_alpha": alpha}
+    if targets:
+        recipe["target_modules"] = targets
+    if layers:
+        recipe["layers_to_transform"] = layers
+    if rslora:
+        recipe["use_rslora"] = True
+    golden = recipe | {"gradient": gradient, "curve": curve, "full": factors}
     save_file(arrays, os.path.join(out, name + ".golden.safetensors"))
     with open(os.path.join(out, name + ".golden.json"), "w") as f:
         text = json.dumps(golden, indent=1)
@@ -235,17 +166,46 @@ def cycle(rows, size, steps):
     return [[(step * size + i) % rows for i in range(size)] for step in range(steps)]
 
 
-def tiny(out):
-    for name, quant, layers, tied in [
-        ("tiny-llama-q4_1", gguf.GGMLQuantizationType.Q4_1, 2, True),
-        ("tiny-llama-q8_0", gguf.GGMLQuantizationType.Q8_0, 1, False),
-    ]:
-        base = os.path.join(out, name + ".gguf")
-        vocabulary = write_tiny(base, quant, layers, tied, seed=7)
-        rows = random_rows(vocabulary, 12, seed=11)
+# What the recipes of the tiny models have beside r 4, alpha 8 and all linear layers of all layers.
+RECIPES = {
+    "tiny-llama3": {"weight_decay": 0.01},
+    "tiny-mistral": {"targets": ["q_proj", "v_proj"], "scheduler": "constant_with_warmup"},
+    "tiny-qwen2": {"r": 5, "rslora": True, "scheduler": "linear"},
+    "tiny-qwen3": {"layers": [0, 2], "scheduler": "cosine_with_min_lr", "min_lr_rate": 0.1},
+}
+
+
+def check_llama3(base):
+    """Compares the model with the factors of rope_freqs.weight with transformers' own llama3 scaling."""
+    model = gguf_model.load(base)
+    tokens = torch.arange(200)[None]
+    with torch.no_grad():
+        ours = model(tokens).logits
+        model.config.rope_parameters |= tiny_models.LLAMA3
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        theirs = model(tokens).logits
+        model.config.rope_parameters["rope_type"] = "default"
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        unscaled = model(tokens).logits
+    worst, scaling = (ours - theirs).abs().max().item(), (unscaled - theirs).abs().max().item()
+    print(f"{os.path.basename(base)}: largest difference of a logit from transformers' llama3 scaling {worst:g}; scaling changes them by {scaling:g}")
+    if not worst < 1e-3 < 0.1 < scaling:
+        raise SystemExit(f"{base}: the factors are not those of llama3's scaling")
+
+
+def tiny(out, names):
+    for model in tiny_models.MODELS:
+        if names and model.name not in names:
+            continue
+        base = os.path.join(out, model.name + ".gguf")
+        tiny_models.write(model, base)
+        if model.rope_scaling is tiny_models.LLAMA3:
+            check_llama3(base)
+        rows = random_rows(model.vocabulary, 12, seed=11)
+        recipe = {"r": 4, "alpha": 8} | RECIPES.get(model.name, {})
         write_golden(
-            name, base, rows, cycle(len(rows), 4, 20), r=4, alpha=8, lr=2e-3, gradient_rows=list(range(8)),
-            gradient_b=0.1, curve_b=0.0, full=lambda _: True, tiny=True, out=out,
+            model.name, base, rows, cycle(len(rows), 4, 20), lr=2e-3, gradient_rows=list(range(8)),
+            gradient_b=0.1, curve_b=0.0, full=lambda _: True, tiny=True, out=out, **recipe,
         )
 
 
@@ -283,10 +243,10 @@ def questions(tokenizer, count, seed):
 
 
 def check_reading(base):
-    """Compares gguf_llama.load with transformers' own reading of the same file."""
+    """Compares gguf_model.load with transformers' own reading of the same file."""
     from transformers import AutoModelForCausalLM
 
-    ours = gguf_llama.load(base).state_dict()
+    ours = gguf_model.load(base).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(
         os.path.dirname(base), gguf_file=os.path.basename(base), dtype=torch.float32
     ).state_dict()
@@ -295,7 +255,7 @@ def check_reading(base):
         worst = max(worst, (w - theirs[name]).abs().max().item())
     print(f"largest difference between both readings of {os.path.basename(base)}: {worst:g}")
     if worst > 1e-6 or ours.keys() != theirs.keys():
-        raise SystemExit(f"{base}: transformers reads other weights than gguf_llama.py")
+        raise SystemExit(f"{base}: transformers reads other weights than gguf_model.py")
 
 
 def smollm2(base, out):
@@ -316,13 +276,15 @@ def smollm2(base, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tiny").add_argument("out")
+    made = commands.add_parser("tiny")
+    made.add_argument("out")
+    made.add_argument("name", nargs="*", help="of tiny_models.py; default: all")
     real = commands.add_parser("smollm2")
     real.add_argument("base")
     real.add_argument("out")
     arguments = parser.parse_args()
     if arguments.command == "tiny":
-        tiny(arguments.out)
+        tiny(arguments.out, arguments.name)
     else:
         smollm2(arguments.base, arguments.out)
 
