@@ -95,6 +95,7 @@ struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_te
 
 struct ggml_cgraph *ggml_new_graph_custom(struct ggml_context *ctx, size_t size, bool grads);
 void ggml_build_forward_expand(struct ggml_cgraph *cgraph, struct ggml_tensor *tensor);
+void ggml_graph_add_node(struct ggml_cgraph *cgraph, struct ggml_tensor *tensor);
 int ggml_graph_n_nodes(struct ggml_cgraph *cgraph);
 struct ggml_tensor *ggml_graph_node(struct ggml_cgraph *cgraph, int i);
 
@@ -112,6 +113,8 @@ struct ggml_backend_buffer *ggml_backend_alloc_ctx_tensors(struct ggml_context *
 void ggml_backend_buffer_free(struct ggml_backend_buffer *buffer);
 void *ggml_backend_buffer_get_base(struct ggml_backend_buffer *buffer);
 size_t ggml_backend_buffer_get_size(struct ggml_backend_buffer *buffer);
+void ggml_backend_tensor_set(struct ggml_tensor *tensor, const void *data, size_t offset, size_t size);
+void ggml_backend_tensor_get(const struct ggml_tensor *tensor, void *data, size_t offset, size_t size);
 bool ggml_backend_supports_op(struct ggml_backend *backend, const struct ggml_tensor *op);
 int ggml_backend_graph_compute(struct ggml_backend *backend, struct ggml_cgraph *cgraph);
 int ggml_cpu_has_avx512_bf16(void);

@@ -438,6 +438,13 @@ func (a *Allocator) Size() int { return int(C.ggml_gallocr_get_buffer_size(a.c, 
 // Compute gives the graph memory and computes every node. It returns ErrMemory, ErrAborted, or an *engine.Error; an
 // operation that the backend lacks is an error before anything runs.
 func (b *Backend) Compute(g *Graph, a *Allocator) error {
+	if err := b.prepare(g, a); err != nil {
+		return err
+	}
+	return b.compute(g)
+}
+
+func (b *Backend) prepare(g *Graph, a *Allocator) error {
 	if !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
 		return fmt.Errorf("allocate a graph of %d nodes: %w", g.Nodes(), ErrMemory)
 	}
@@ -448,6 +455,10 @@ func (b *Backend) Compute(g *Graph, a *Allocator) error {
 	}
 	b.nodes.Store(int32(g.Nodes()))
 	atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.nodes)), 0)
+	return nil
+}
+
+func (b *Backend) compute(g *Graph) error {
 	switch status := C.ggml_backend_graph_compute(b.c, g.c); status {
 	case C.HONE_GGML_STATUS_SUCCESS:
 		return nil

@@ -1,6 +1,8 @@
 package graph
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -70,6 +72,7 @@ type LoRAOptions struct {
 	RankScale bool // rsLoRA: the scale is alpha/sqrt(rank) instead of alpha/rank, https://arxiv.org/abs/2312.03732
 	Dropout   float64
 	Modules   []Module
+	Layers    []int // PEFT's layers_to_transform; empty trains all
 }
 
 // Scale multiplies B A x.
@@ -110,9 +113,21 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 		return nil, fmt.Errorf("dropout %g: expected at least 0 and less than 1", o.Dropout)
 	}
 	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank)}
-	l.Modules = slices.Sorted(slices.Values(o.Modules))
+	l.Modules = slices.Compact(slices.Sorted(slices.Values(o.Modules)))
+	layers := slices.Compact(slices.Sorted(slices.Values(o.Layers)))
+	if len(layers) == 0 {
+		for layer := range m.layers {
+			layers = append(layers, layer)
+		}
+	}
+	if first, last := layers[0], layers[len(layers)-1]; first < 0 || last >= len(m.layers) {
+		return nil, fmt.Errorf("layers %d to %d: the model has layers 0 to %d", first, last, len(m.layers)-1)
+	}
+	if len(l.Modules) == 0 {
+		return nil, errors.New("no modules to train")
+	}
 	size := 0
-	for layer := range m.layers {
+	for _, layer := range layers {
 		for _, module := range l.Modules {
 			in, out := m.moduleSize(module)
 			l.Parts = append(l.Parts, Part{layer, module, in, out, size, size + l.PaddedRank*in})
@@ -172,9 +187,19 @@ func (l *LoRA) part(layer int, m Module) (Part, bool) {
 	if l == nil {
 		return Part{}, false
 	}
-	i, ok := slices.BinarySearch(l.Modules, m)
+	i, ok := slices.BinarySearchFunc(l.Parts, Part{Layer: layer, Module: m}, func(a, b Part) int {
+		return cmp.Or(cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Module, b.Module))
+	})
 	if !ok {
 		return Part{}, false
 	}
-	return l.Parts[layer*len(l.Modules)+i], true
+	return l.Parts[i], true
 }
+
+// trains reports whether one of the modules of a layer is trained.
+func (l *LoRA) trains(layer int, any ...Module) bool {
+	return slices.ContainsFunc(any, func(m Module) bool { _, ok := l.part(layer, m); return ok })
+}
+
+// lowest is the lowest layer that is trained: no gradient is needed below.
+func (l *LoRA) lowest() int { return l.Parts[0].Layer }

@@ -12,8 +12,6 @@ package graph
 import (
 	"errors"
 	"fmt"
-	"math"
-	"strings"
 
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
@@ -28,32 +26,20 @@ func (e *UnsupportedError) Error() string {
 	return fmt.Sprintf("cannot train this model: %s: %s", e.What, e.Reason)
 }
 
-// Shape is what a Llama-type model's metadata says.
-type Shape struct {
-	Layers, Embedding, FeedForward int
-	Heads                          ggml.Heads
-	Vocabulary                     int
-	ContextTokens                  int // trained context
-	Epsilon                        float32
-	RopeBase, RopeScale            float32
-	RopeDimensions                 int
-}
-
-// Parameters is the number of weights of the linear layers, without embedding and head.
-func (s Shape) Parameters() int {
-	d, q, kv := s.Embedding, s.Heads.Query*s.Heads.Size, s.Heads.KeyValue*s.Heads.Size
-	return s.Layers * (2*d*q + 2*d*kv + 3*d*s.FeedForward)
+// weight is a frozen matrix of a layout's type, in the form that one direction multiplies: y = W x with x [in, T].
+type weight struct {
+	in, out int
+	t       ggml.Tensor // ne order [in, out]
 }
 
 // linear is a frozen weight matrix, kept twice: forward multiplies w, backward its transpose.
-type linear struct {
-	in, out int
-	w, wt   ggml.Tensor // [in, out], [out, in]
-}
+type linear struct{ w, wt weight }
 
 type layer struct {
 	attentionNorm, feedForwardNorm ggml.Tensor
-	linears                        [modules]linear // by Module
+	linears                        [modules]linear      // by Module
+	bias                           [modules]ggml.Tensor // of q, k, v where the architecture has them
+	headNorm                       [modules]ggml.Tensor // of q and k where the architecture has them
 }
 
 // Model is a frozen base model on a backend. Close frees it.
@@ -62,6 +48,7 @@ type Model struct {
 	Layout
 
 	backend   *ggml.Backend
+	blocks    blocks
 	allocator *ggml.Allocator
 	context   *ggml.Context
 	buffer    *ggml.Buffer
@@ -97,8 +84,8 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Model{Shape: shape, Layout: layout, backend: backend}
-	m.context = ggml.NewContext(shape.Layers*(2*int(modules)+2)+6, 0)
+	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}}
+	m.context = ggml.NewContext(shape.Layers*(2*int(modules)+7)+6, 0)
 	var fills []func()
 	fail := func(err error) (*Model, error) {
 		m.context.Free()
@@ -121,7 +108,7 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 		if !ggml.Dequantizable(ggml.Type(src.Type)) {
 			return linear{}, &UnsupportedError{name, fmt.Sprintf("type %s cannot be dequantised", src.Type)}
 		}
-		l := linear{in: in, out: out, w: m.context.New(layout.Forward, in, out), wt: m.context.New(layout.Backward, out, in)}
+		l := linear{weight{in, out, m.context.New(layout.Forward, in, out)}, weight{out, in, m.context.New(layout.Backward, out, in)}}
 		fills = append(fills, func() { l.fill(f.Data(src), ggml.Type(src.Type)) })
 		return l, nil
 	}
@@ -132,8 +119,8 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 	m.embedding = m.context.New(ggml.Type(embedding.Type), shape.Embedding, shape.Vocabulary)
 	fills = append(fills, func() { copy(m.embedding.Bytes(int(embedding.Bytes)), f.Data(embedding)) })
 	headName := "output.weight"
-	if _, ok := f.Tensor(headName); !ok {
-		headName = "token_embd.weight" // tied
+	if shape.TiedHead {
+		headName = "token_embd.weight"
 	}
 	var errs []error
 	collect := func(err error) {
@@ -160,6 +147,14 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 			in, out := shape.moduleSize(module)
 			l.linears[module], err = matrix(fmt.Sprintf("blk.%d.%s.weight", i, module.TensorName()), in, out)
 			collect(err)
+			if shape.architecture.bias && module <= Value {
+				l.bias[module], err = vector(fmt.Sprintf("blk.%d.%s.bias", i, module.TensorName()), out)
+				collect(err)
+			}
+			if shape.architecture.headNorm && module <= Key {
+				l.headNorm[module], err = vector(fmt.Sprintf("blk.%d.%s_norm.weight", i, module.TensorName()), shape.Heads.Size)
+				collect(err)
+			}
 		}
 	}
 	if len(errs) > 0 {
@@ -178,14 +173,15 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 // fill stores the dequantised matrix [out, in] and its transpose, a band of rows at a time.
 func (l linear) fill(data []byte, t ggml.Type) {
 	const band = 64
-	rowBytes := len(data) / l.out
-	buffer := make([]float32, band*l.in)
-	for row := 0; row < l.out; row += band {
-		n := min(band, l.out-row)
-		values := buffer[:n*l.in]
+	in, out := l.w.in, l.w.out
+	rowBytes := len(data) / out
+	buffer := make([]float32, band*in)
+	for row := 0; row < out; row += band {
+		n := min(band, out-row)
+		values := buffer[:n*in]
 		ggml.Dequantize(values, t, data[row*rowBytes:(row+n)*rowBytes])
-		l.w.SetRows(values, row*l.in)
-		l.wt.SetTranspose(values, row, l.in, l.out)
+		l.w.t.SetRows(values, row*in)
+		l.wt.t.SetTranspose(values, row, in, out)
 	}
 }
 
@@ -221,84 +217,4 @@ func (s Shape) TokenBytes(rank int) int {
 	q, kv := s.Heads.Query*s.Heads.Size, s.Heads.KeyValue*s.Heads.Size
 	kept := 2*s.Embedding + 2*q + 2*kv + 2*s.FeedForward + int(modules)*paddedRank(rank) // the last is A x of every module
 	return 4 * (s.Layers*kept + 8*s.Embedding + 8*s.FeedForward)
-}
-
-// ReadShape reads and checks the metadata of a model that can be trained: architecture llama (also Mistral, SmolLM
-// and the DeepSeek distillations of it), without experts, biases or YaRN scaling.
-func ReadShape(f *gguf.File) (Shape, error) {
-	architecture, _ := f.Metadata.String("general.architecture")
-	if architecture != "llama" {
-		return Shape{}, &UnsupportedError{"general.architecture", fmt.Sprintf("%q is not trainable, only llama is", architecture)}
-	}
-	var missing []string
-	integer := func(key string) int {
-		v, ok := f.Metadata.Int("llama." + key)
-		if !ok || v <= 0 || v > math.MaxInt32 {
-			missing = append(missing, key)
-			return 1
-		}
-		return int(v)
-	}
-	optional := func(key string, fallback int) int {
-		if v, ok := f.Metadata.Int("llama." + key); ok && v > 0 && v <= math.MaxInt32 {
-			return int(v)
-		}
-		return fallback
-	}
-	s := Shape{
-		Layers:        integer("block_count"),
-		Embedding:     integer("embedding_length"),
-		FeedForward:   integer("feed_forward_length"),
-		ContextTokens: integer("context_length"),
-		Heads:         ggml.Heads{Query: integer("attention.head_count")},
-		RopeBase:      10000,
-		RopeScale:     1,
-	}
-	epsilon, ok := f.Metadata.Float("llama.attention.layer_norm_rms_epsilon")
-	if !ok {
-		missing = append(missing, "attention.layer_norm_rms_epsilon")
-	}
-	if len(missing) > 0 {
-		return Shape{}, &UnsupportedError{"metadata", "missing or not a positive number: llama." + strings.Join(missing, ", llama.")}
-	}
-	s.Epsilon = float32(epsilon)
-	s.Heads.KeyValue = optional("attention.head_count_kv", s.Heads.Query)
-	s.Heads.Size = optional("attention.key_length", s.Embedding/s.Heads.Query)
-	s.RopeDimensions = optional("rope.dimension_count", s.Heads.Size)
-	if base, ok := f.Metadata.Float("llama.rope.freq_base"); ok {
-		s.RopeBase = float32(base)
-	}
-	switch kind, _ := f.Metadata.String("llama.rope.scaling.type"); kind {
-	case "", "none":
-	case "linear":
-		factor, ok := f.Metadata.Float("llama.rope.scaling.factor")
-		if !ok || factor <= 0 {
-			return Shape{}, &UnsupportedError{"llama.rope.scaling.factor", "missing or not positive"}
-		}
-		s.RopeScale = float32(1 / factor)
-	default:
-		return Shape{}, &UnsupportedError{"llama.rope.scaling.type", fmt.Sprintf("%q is not trainable, only linear scaling is", kind)}
-	}
-	if embedding, ok := f.Tensor("token_embd.weight"); ok && len(embedding.Shape) == 2 {
-		s.Vocabulary = int(embedding.Shape[1])
-	}
-	switch {
-	case s.Vocabulary == 0:
-		return Shape{}, &UnsupportedError{"token_embd.weight", "missing"}
-	case s.Heads.Query%s.Heads.KeyValue != 0:
-		return Shape{}, &UnsupportedError{"llama.attention.head_count_kv", fmt.Sprintf("%d does not divide %d query heads", s.Heads.KeyValue, s.Heads.Query)}
-	case s.Embedding%16 != 0 || s.FeedForward%16 != 0 || s.Heads.Size%16 != 0:
-		return Shape{}, &UnsupportedError{"metadata", fmt.Sprintf("embedding %d, feed-forward %d and head size %d must be multiples of 16", s.Embedding, s.FeedForward, s.Heads.Size)}
-	case s.RopeDimensions > s.Heads.Size || s.RopeDimensions%2 != 0:
-		return Shape{}, &UnsupportedError{"llama.rope.dimension_count", fmt.Sprintf("%d does not fit a head of %d", s.RopeDimensions, s.Heads.Size)}
-	}
-	if n, ok := f.Metadata.Int("llama.expert_count"); ok && n > 0 {
-		return Shape{}, &UnsupportedError{"llama.expert_count", "mixtures of experts are not trainable"}
-	}
-	for _, t := range f.Tensors {
-		if strings.HasSuffix(t.Name, ".bias") {
-			return Shape{}, &UnsupportedError{t.Name, "biases are not trainable"}
-		}
-	}
-	return s, nil
 }

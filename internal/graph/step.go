@@ -1,6 +1,9 @@
 package graph
 
 import (
+	"fmt"
+	"slices"
+
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 )
@@ -20,25 +23,37 @@ type step struct {
 
 	ctx       *ggml.Context
 	graph     *ggml.Graph
-	positions ggml.Tensor
-	segments  ggml.Tensor
-	seeds     ggml.Tensor
+	positions ggml.Tensor // of every token in its row, int32 [T]
+	segments  ggml.Tensor // int32 [3, n]: start, end, parent
+	seeds     ggml.Tensor // int32 [T], or none without dropout
 	rope      ggml.Rope
 	tokens    int
+	targets   targets
+}
+
+// targets are the inputs and outputs of the head: the distinct positions that have targets, in order, and for each
+// target the column of its position among them, its label, weight and results.
+type targets struct {
+	index, columns, labels, weights ggml.Tensor // int32 [positions]; int32, int32, float32 [targets]
+	stats                           ggml.Tensor // [2, targets]: loss, correct
+	logits                          ggml.Tensor // [V, positions], or none
+	chunks                          []chunk
 }
 
 // saved is what the backward pass of a layer needs from its forward pass.
 type saved struct {
-	x, middle ggml.Tensor // input of the attention half and of the feed-forward half
-	q, k, v   ggml.Tensor // after rotation
+	x, middle ggml.Tensor          // input of the attention half and of the feed-forward half
+	unnormed  [modules]ggml.Tensor // q and k before the norm of their heads, where there is one
+	q, k, v   ggml.Tensor          // after rotation
+	keep      ggml.Tensor          // of attention
 	attended  ggml.Tensor
 	gate, up  ggml.Tensor
 	down      [modules]ggml.Tensor // A x of each trained module
 }
 
 // Gradients runs the micro-batch forward and backward and adds the gradient of scale * sum(weight * loss) to
-// lora.Gradients. It returns ggml.ErrAborted after Backend.Abort and ggml.ErrMemory; both leave lora.Gradients half
-// changed.
+// lora.Gradients. It returns ggml.ErrAborted after Backend.Abort, ggml.ErrMemory and the error of Batch.Weigh; the
+// first leaves lora.Gradients half changed, the others as they were.
 func (m *Model) Gradients(b engine.Batch, lora *LoRA, scale float32) (engine.Result, error) {
 	result, _, err := m.run(b, lora, true, scale, false)
 	return result, err
@@ -50,7 +65,7 @@ func (m *Model) Evaluate(b engine.Batch, lora *LoRA) (engine.Result, error) {
 	return result, err
 }
 
-// Logits returns the logits of each target's position, [targets][vocabulary].
+// Logits returns the logits of each distinct position that has targets, [positions][vocabulary].
 func (m *Model) Logits(b engine.Batch, lora *LoRA) ([][]float32, error) {
 	_, logits, err := m.run(b, lora, false, 1, true)
 	return logits, err
@@ -61,63 +76,54 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		return engine.Result{}, nil, err
 	}
 	t, n := len(b.Tokens), len(b.Targets)
-	distinct := 1 // positions of targets: the logits of each are computed once
-	for i := 1; i < n; i++ {
-		if b.Targets[i].Position != b.Targets[i-1].Position {
-			distinct++
-		}
-	}
-	inputs := ggml.NewContext(16, 0)
+	positions, columns, chunks := split(b.Targets)
+	inputs := ggml.NewContext(24, 0)
 	defer inputs.Free()
 	tokens := inputs.New(ggml.I32, t)
-	positions := inputs.New(ggml.I32, t)
-	segments := inputs.New(ggml.I32, 3, len(b.Segments))
-	index := inputs.New(ggml.I32, distinct)
-	columns := inputs.New(ggml.I32, n)
-	labels := inputs.New(ggml.I32, n)
-	weights := inputs.New(ggml.F32, n)
-	stats := inputs.New(ggml.F32, 2, n)
-	var seeds, logits ggml.Tensor
+	s := &step{
+		Model: m, lora: lora, train: train, scale: scale, tokens: t,
+		positions: inputs.New(ggml.I32, t),
+		segments:  inputs.New(ggml.I32, 3, len(b.Segments)),
+		targets: targets{
+			index: inputs.New(ggml.I32, len(positions)), columns: inputs.New(ggml.I32, n), labels: inputs.New(ggml.I32, n),
+			weights: inputs.New(ggml.F32, n), stats: inputs.New(ggml.F32, 2, n), chunks: chunks,
+		},
+		rope: ggml.Rope{Dimensions: m.RopeDimensions, NeoX: m.architecture.neoX, Base: m.RopeBase, Scale: m.RopeScale, Factors: m.ropeFactors},
+	}
 	if b.Seeds != nil && lora != nil && lora.Dropout > 0 {
-		seeds = inputs.New(ggml.I32, t)
+		s.seeds = inputs.New(ggml.I32, t)
 	}
 	if wantLogits {
-		logits = inputs.New(ggml.F32, m.Vocabulary, distinct)
+		s.targets.logits = inputs.New(ggml.F32, m.Vocabulary, len(positions))
 	}
+	fill := m.blocks.begin(s, b, inputs)
 	buffer, err := inputs.Allocate(m.backend)
 	if err != nil {
 		return engine.Result{}, nil, err
 	}
 	defer buffer.Free()
-	for i, token := range b.Tokens {
-		tokens.Ints()[i] = int32(token)
+	tokens.SetInts(ints(b.Tokens))
+	s.positions.SetInts(ints(b.Positions()))
+	var table []int32
+	for _, segment := range b.Segments {
+		table = append(table, int32(segment.Start), int32(segment.End), int32(segment.Parent))
 	}
-	for i, position := range b.Positions() {
-		positions.Ints()[i] = int32(position)
-	}
-	for i, segment := range b.Segments {
-		copy(segments.Ints()[3*i:], []int32{int32(segment.Start), int32(segment.End), int32(segment.Parent)})
-	}
-	column := 0
+	s.segments.SetInts(table)
+	s.targets.index.SetInts(ints(positions))
+	s.targets.columns.SetInts(ints(columns))
+	labels, weights := make([]int32, n), make([]float32, n)
 	for i, target := range b.Targets {
-		if i > 0 && target.Position != b.Targets[i-1].Position {
-			column++
-		}
-		index.Ints()[column], columns.Ints()[i] = int32(target.Position), int32(column)
-		labels.Ints()[i], weights.Floats()[i] = int32(target.Label), target.Weight
+		labels[i], weights[i] = int32(target.Label), target.Weight
 	}
-	if seeds.Valid() {
-		for i, seed := range b.Seeds {
-			seeds.Ints()[i] = int32(seed)
-		}
+	s.targets.labels.SetInts(labels)
+	s.targets.weights.SetFloats(weights)
+	if s.seeds.Valid() {
+		s.seeds.SetInts(ints(b.Seeds))
 	}
+	fill()
 
-	nodes := m.Layers*nodesPerLayer + 40*(distinct/headTokens+2)
-	s := &step{
-		Model: m, lora: lora, train: train, scale: scale, tokens: t,
-		ctx: ggml.NewContext(nodes, nodes), positions: positions, segments: segments, seeds: seeds,
-		rope: ggml.Rope{Dimensions: m.RopeDimensions, Base: m.RopeBase, Scale: m.RopeScale, Factors: m.ropeFactors},
-	}
+	nodes := m.Layers*nodesPerLayer + 60*(len(chunks)+2)
+	s.ctx = ggml.NewContext(nodes, nodes)
 	defer s.ctx.Free()
 	s.graph = s.ctx.NewGraph(nodes)
 
@@ -126,33 +132,80 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	for i := range m.layers {
 		x = s.forward(i, x, &layers[i])
 	}
-	gradient := s.head(x, targets{index, columns, labels, weights, stats, logits})
+	result := engine.Result{Losses: make([]float32, n), Correct: make([]bool, n)}
+	between := func() error { return nil }
+	cut := -1
+	if !train || b.Weigh != nil {
+		s.losses(x)
+		cut = s.graph.Nodes()
+	}
+	if train && b.Weigh != nil {
+		between = func() error {
+			s.read(result)
+			weights, err := b.Weigh(result.Losses)
+			if err != nil {
+				return err
+			}
+			if len(weights) != n {
+				return fmt.Errorf("micro-batch: %d weights for %d targets", len(weights), n)
+			}
+			s.targets.weights.SetFloats(weights)
+			return nil
+		}
+	}
 	if train {
-		for i := len(layers) - 1; i >= 0; i-- {
+		gradient := s.headGradient(x)
+		for i := len(layers) - 1; i >= lora.lowest(); i-- {
 			gradient = s.backward(i, gradient, layers[i])
 		}
 	}
-	if err := m.backend.Compute(s.graph, m.allocator); err != nil {
+	if err := m.backend.ComputeParts(s.graph, m.allocator, cut, between); err != nil {
 		return engine.Result{}, nil, err
 	}
-	result := engine.Result{Losses: make([]float32, n), Correct: make([]bool, n)}
-	for i := range n {
-		result.Losses[i], result.Correct[i] = stats.Floats()[2*i], stats.Floats()[2*i+1] == 1
-	}
+	s.read(result)
 	var out [][]float32
 	if wantLogits {
-		for _, column := range columns.Ints() {
-			out = append(out, append([]float32(nil), logits.Floats()[int(column)*m.Vocabulary:][:m.Vocabulary]...))
-		}
+		values := make([]float32, m.Vocabulary*len(positions))
+		s.targets.logits.GetFloats(values)
+		out = slices.Collect(slices.Chunk(values, m.Vocabulary))
 	}
 	return result, out, nil
 }
 
-func (s *step) add(t ggml.Tensor) ggml.Tensor { return s.graph.Add(t) }
-
-func (s *step) dropout(p Part) ggml.Dropout {
-	return ggml.Dropout{Seeds: s.seeds, Module: p.Layer*int(modules) + int(p.Module), P: s.lora.Dropout}
+// read copies the targets' results to the host.
+func (s *step) read(r engine.Result) {
+	stats := make([]float32, 2*len(r.Losses))
+	s.targets.stats.GetFloats(stats)
+	for i := range r.Losses {
+		r.Losses[i], r.Correct[i] = stats[2*i], stats[2*i+1] == 1
+	}
 }
+
+// split finds the distinct positions of targets and, for each target, the index of its position among them.
+func split(all []engine.Target) (positions, columns []int, chunks []chunk) {
+	for i, target := range all {
+		if i == 0 || target.Position != all[i-1].Position {
+			if len(positions)%headTokens == 0 {
+				chunks = append(chunks, chunk{fromPosition: len(positions), from: i})
+			}
+			positions = append(positions, target.Position)
+		}
+		c := &chunks[len(chunks)-1]
+		c.positions, c.targets = len(positions)-c.fromPosition, i+1-c.from
+		columns = append(columns, len(positions)-1)
+	}
+	return positions, columns, chunks
+}
+
+func ints[T ~int | ~int32 | ~uint32](values []T) []int32 {
+	out := make([]int32, len(values))
+	for i, v := range values {
+		out[i] = int32(v)
+	}
+	return out
+}
+
+func (s *step) add(t ggml.Tensor) ggml.Tensor { return s.graph.Add(t) }
 
 func (s *step) a(flat ggml.Tensor, p Part) ggml.Tensor {
 	return s.ctx.View(flat, p.A, p.In, s.lora.PaddedRank)
@@ -161,12 +214,16 @@ func (s *step) b(flat ggml.Tensor, p Part) ggml.Tensor {
 	return s.ctx.View(flat, p.B, p.Out, s.lora.PaddedRank)
 }
 
-// linear is W x + scale B A dropout(x); it keeps A dropout(x) in save.
-func (s *step) linear(layer int, m Module, x ggml.Tensor, save *saved) ggml.Tensor {
-	y := s.add(s.ctx.MulMat(s.layers[layer].linears[m].w, x))
+// linear is W x + b + scale B A dropout(x); it keeps A dropout(x) in save. input is x as matmul takes it.
+func (s *step) linear(layer int, m Module, x, input ggml.Tensor, save *saved) ggml.Tensor {
+	l := &s.layers[layer]
+	y := s.blocks.matmul(s, l.linears[m].w, input)
+	if l.bias[m].Valid() {
+		y = s.add(s.ctx.Add(y, l.bias[m]))
+	}
 	if p, ok := s.lora.part(layer, m); ok {
-		save.down[m] = s.add(s.ctx.LoRADown(x, s.a(s.lora.parameters, p), s.dropout(p)))
-		y = s.add(s.ctx.LoRAUp(y, save.down[m], s.b(s.lora.parameters, p), float32(s.lora.Scale()), ggml.Dropout{}))
+		save.down[m] = s.blocks.loraDown(s, x, s.a(s.lora.parameters, p), &p)
+		y = s.blocks.loraUp(s, y, save.down[m], s.b(s.lora.parameters, p), nil)
 	}
 	return y
 }
@@ -175,18 +232,18 @@ func (s *step) linear(layer int, m Module, x ggml.Tensor, save *saved) ggml.Tens
 func (s *step) linearBack(layer int, m Module, x, dy ggml.Tensor, save saved, wantInput bool) ggml.Tensor {
 	p, trained := s.lora.part(layer, m)
 	var du ggml.Tensor
-	scale := float32(s.lora.Scale())
 	if trained {
-		du = s.add(s.ctx.LoRADown(dy, s.b(s.lora.parameters, p), ggml.Dropout{}))
-		s.add(s.ctx.LoRAOuter(s.b(s.lora.gradients, p), save.down[m], dy, scale, ggml.Dropout{}))
-		s.add(s.ctx.LoRAOuter(s.a(s.lora.gradients, p), du, x, scale, s.dropout(p)))
+		du = s.blocks.loraDown(s, dy, s.b(s.lora.parameters, p), nil)
+		s.blocks.loraOuter(s, s.b(s.lora.gradients, p), save.down[m], dy, nil)
+		s.blocks.loraOuter(s, s.a(s.lora.gradients, p), du, x, &p)
 	}
 	if !wantInput {
 		return ggml.Tensor{}
 	}
-	dx := s.add(s.ctx.MulMat(s.layers[layer].linears[m].wt, dy))
+	wt := s.layers[layer].linears[m].wt
+	dx := s.blocks.matmul(s, wt, s.blocks.input(s, wt, dy))
 	if trained {
-		dx = s.add(s.ctx.LoRAUp(dx, du, s.a(s.lora.parameters, p), scale, s.dropout(p)))
+		dx = s.blocks.loraUp(s, dx, du, s.a(s.lora.parameters, p), &p)
 	}
 	return dx
 }
@@ -203,42 +260,70 @@ func (s *step) rotate(x ggml.Tensor, heads int, back bool) ggml.Tensor {
 	return s.ctx.View(cube, 0, d*heads, s.tokens)
 }
 
+// heads is one of the rotated projections: q or k.
+func (s *step) heads(layer int, m Module, x, input ggml.Tensor, count int, save *saved) ggml.Tensor {
+	y := s.linear(layer, m, x, input, save)
+	if gamma := s.layers[layer].headNorm[m]; gamma.Valid() {
+		save.unnormed[m] = y
+		y = s.blocks.rmsNorm(s, s.ctx.View(y, 0, s.Heads.Size, count*s.tokens), gamma)
+	}
+	return s.rotate(y, count, false)
+}
+
+// headsBack is the gradient of heads' projection, before rotation and norm.
+func (s *step) headsBack(layer int, m Module, dy ggml.Tensor, count int, save saved) ggml.Tensor {
+	dy = s.rotate(dy, count, true)
+	if gamma := s.layers[layer].headNorm[m]; gamma.Valid() {
+		d, n := s.Heads.Size, count*s.tokens
+		dy = s.blocks.rmsNormBack(s, s.ctx.View(save.unnormed[m], 0, d, n), gamma, s.ctx.View(dy, 0, d, n), ggml.Tensor{})
+		dy = s.ctx.View(dy, 0, d*count, s.tokens)
+	}
+	return dy
+}
+
 // forward is one block: x + o(attention(norm(x))), then + down(swiglu(norm(.))).
 func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
 	l := &s.layers[i]
 	save.x = x
-	normed := s.add(s.ctx.RMSNorm(x, l.attentionNorm, s.Epsilon))
-	save.q = s.rotate(s.linear(i, Query, normed, save), s.Heads.Query, false)
-	save.k = s.rotate(s.linear(i, Key, normed, save), s.Heads.KeyValue, false)
-	save.v = s.linear(i, Value, normed, save)
-	save.attended = s.add(s.ctx.Attention(save.q, save.k, save.v, s.segments, s.Heads))
-	save.middle = s.add(s.ctx.Add(x, s.linear(i, Output, save.attended, save)))
-	normed = s.add(s.ctx.RMSNorm(save.middle, l.feedForwardNorm, s.Epsilon))
-	save.gate = s.linear(i, Gate, normed, save)
-	save.up = s.linear(i, Up, normed, save)
-	hidden := s.add(s.ctx.SwiGLU(save.gate, save.up))
-	return s.add(s.ctx.Add(save.middle, s.linear(i, Down, hidden, save)))
+	normed := s.blocks.rmsNorm(s, x, l.attentionNorm)
+	input := s.blocks.input(s, l.linears[Query].w, normed)
+	save.q = s.heads(i, Query, normed, input, s.Heads.Query, save)
+	save.k = s.heads(i, Key, normed, input, s.Heads.KeyValue, save)
+	save.v = s.linear(i, Value, normed, input, save)
+	save.attended, save.keep = s.blocks.attention(s, save.q, save.k, save.v)
+	save.middle = s.add(s.ctx.Add(x, s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), save)))
+	normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
+	input = s.blocks.input(s, l.linears[Gate].w, normed)
+	save.gate = s.linear(i, Gate, normed, input, save)
+	save.up = s.linear(i, Up, normed, input, save)
+	hidden := s.blocks.swiglu(s, save.gate, save.up)
+	return s.add(s.ctx.Add(save.middle, s.linear(i, Down, hidden, s.blocks.input(s, l.linears[Down].w, hidden), save)))
 }
 
 // backward takes the gradient of a block's output and returns that of its input; layer 0 has none to give.
 // Norms and SwiGLU are computed again, which is cheaper than keeping their output.
 func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	l := &s.layers[i]
-	hidden := s.add(s.ctx.SwiGLU(save.gate, save.up))
+	var hidden, normed ggml.Tensor
+	if s.lora.trains(i, Down) {
+		hidden = s.blocks.swiglu(s, save.gate, save.up)
+	}
 	dhidden := s.linearBack(i, Down, hidden, dy, save, true)
-	dgate, dup, node := s.ctx.SwiGLUBack(save.gate, save.up, dhidden)
-	s.add(node)
-	normed := s.add(s.ctx.RMSNorm(save.middle, l.feedForwardNorm, s.Epsilon))
+	dgate, dup := s.blocks.swigluBack(s, save.gate, save.up, dhidden)
+	if s.lora.trains(i, Gate, Up) {
+		normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
+	}
 	dnormed := s.add(s.ctx.Add(s.linearBack(i, Gate, normed, dgate, save, true), s.linearBack(i, Up, normed, dup, save, true)))
-	dmiddle := s.add(s.ctx.RMSNormBack(save.middle, l.feedForwardNorm, dnormed, dy, s.Epsilon))
+	dmiddle := s.blocks.rmsNormBack(s, save.middle, l.feedForwardNorm, dnormed, dy)
 
 	dattended := s.linearBack(i, Output, save.attended, dmiddle, save, true)
-	dq, dk, dv, node := s.ctx.AttentionBack(save.q, save.k, save.v, s.segments, dattended, s.Heads)
-	s.add(node)
-	dq = s.rotate(dq, s.Heads.Query, true)
-	dk = s.rotate(dk, s.Heads.KeyValue, true)
-	normed = s.add(s.ctx.RMSNorm(save.x, l.attentionNorm, s.Epsilon))
-	below := i > 0
+	dq, dk, dv := s.blocks.attentionBack(s, save.q, save.k, save.v, save.keep, dattended)
+	dq = s.headsBack(i, Query, dq, s.Heads.Query, save)
+	dk = s.headsBack(i, Key, dk, s.Heads.KeyValue, save)
+	if s.lora.trains(i, Query, Key, Value) {
+		normed = s.blocks.rmsNorm(s, save.x, l.attentionNorm)
+	}
+	below := i > s.lora.lowest()
 	dxq := s.linearBack(i, Query, normed, dq, save, below)
 	dxk := s.linearBack(i, Key, normed, dk, save, below)
 	dxv := s.linearBack(i, Value, normed, dv, save, below)
@@ -246,47 +331,36 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 		return ggml.Tensor{}
 	}
 	dnormed = s.add(s.ctx.Add(s.add(s.ctx.Add(dxq, dxk)), dxv))
-	return s.add(s.ctx.RMSNormBack(save.x, l.attentionNorm, dnormed, dmiddle, s.Epsilon))
+	return s.blocks.rmsNormBack(s, save.x, l.attentionNorm, dnormed, dmiddle)
 }
 
-// targets are the inputs and outputs of the head for n targets at c distinct positions.
-type targets struct {
-	index           ggml.Tensor // int32 [c] positions
-	columns, labels ggml.Tensor // int32 [n]; columns says which of the c positions
-	weights         ggml.Tensor // [n]
-	stats           ggml.Tensor // [2, n] losses, and whether the label was the most likely
-	logits          ggml.Tensor // [V, c], or none: not wanted
+// logits are those of a chunk's positions; picked and normed are on the way to them.
+func (s *step) logits(x ggml.Tensor, c chunk) (picked, out ggml.Tensor) {
+	picked = s.blocks.pick(s, x, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
+	normed := s.blocks.rmsNorm(s, picked, s.norm)
+	return picked, s.blocks.matmul(s, s.head.w, s.blocks.input(s, s.head.w, normed))
 }
 
-// head computes the losses of the targets (logits only where they are needed) and, when training, returns the gradient
-// with respect to x [D, T].
-func (s *step) head(x ggml.Tensor, t targets) ggml.Tensor {
+// losses computes the losses of all targets; logits only where they are needed.
+func (s *step) losses(x ggml.Tensor) {
+	for _, c := range s.targets.chunks {
+		_, out := s.logits(x, c)
+		if s.targets.logits.Valid() {
+			s.add(s.ctx.Copy(out, s.ctx.View(s.targets.logits, c.fromPosition*s.Vocabulary, s.Vocabulary, c.positions)))
+		}
+		s.blocks.loss(s, out, c, false)
+	}
+}
+
+// headGradient computes the losses of all targets and returns the gradient with respect to x [D, T].
+func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
 	var dx ggml.Tensor
-	column := t.columns.Ints()
-	for from, first := 0, 0; from < t.index.Size(0); from += headTokens {
-		count := min(headTokens, t.index.Size(0)-from)
-		n := 0 // targets of the chunk
-		for first+n < len(column) && int(column[first+n]) < from+count {
-			n++
-		}
-		rows := s.ctx.View(t.index, from, count)
-		picked := s.add(s.ctx.GetRows(x, rows))
-		normed := s.add(s.ctx.RMSNorm(picked, s.norm, s.Epsilon))
-		out := s.add(s.ctx.MulMat(s.Model.head.w, normed))
-		if t.logits.Valid() {
-			s.add(s.ctx.Copy(out, s.ctx.View(t.logits, from*s.Vocabulary, s.Vocabulary, count)))
-		}
-		columns, labels, stats := s.ctx.View(t.columns, first, n), s.ctx.View(t.labels, first, n), s.ctx.View(t.stats, 2*first, 2, n)
-		weights := s.ctx.View(t.weights, first, n)
-		first += n
-		if !s.train {
-			s.add(s.ctx.Losses(out, columns, labels, stats, from))
-			continue
-		}
-		out = s.add(s.ctx.CrossEntropy(out, columns, labels, weights, stats, from, s.scale))
-		dnormed := s.add(s.ctx.MulMat(s.Model.head.wt, out))
-		dpicked := s.add(s.ctx.RMSNormBack(picked, s.norm, dnormed, ggml.Tensor{}, s.Epsilon))
-		dx = s.add(s.ctx.ScatterRows(dx, dpicked, rows, s.tokens))
+	for _, c := range s.targets.chunks {
+		picked, out := s.logits(x, c)
+		dlogits := s.blocks.loss(s, out, c, true)
+		dnormed := s.blocks.matmul(s, s.head.wt, s.blocks.input(s, s.head.wt, dlogits))
+		dpicked := s.blocks.rmsNormBack(s, picked, s.norm, dnormed, ggml.Tensor{})
+		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
 	}
 	return dx
 }

@@ -1,0 +1,49 @@
+package graph
+
+import (
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
+)
+
+// blocks are the building blocks of a step that kinds of devices compute differently: fused custom operations on the
+// CPU (fused.go), ggml's own operations elsewhere (plain.go), which also run on the CPU as the reference of the fused
+// ones. Tensors are float32, contiguous, [width, T] in ne order; T is the number of tokens.
+type blocks interface {
+	// begin describes the inputs that the blocks need besides those of the step and returns a function that fills
+	// them once they have memory.
+	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func())
+
+	// input is x as matmul takes it: computed once, used by every layer that multiplies x.
+	input(s *step, w weight, x ggml.Tensor) ggml.Tensor
+	matmul(s *step, w weight, input ggml.Tensor) ggml.Tensor
+
+	rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor
+	// rmsNormBack is the gradient with respect to x, plus residual if that is valid.
+	rmsNormBack(s *step, x, gamma, dy, residual ggml.Tensor) ggml.Tensor
+	swiglu(s *step, gate, up ggml.Tensor) ggml.Tensor
+	swigluBack(s *step, gate, up, dy ggml.Tensor) (dgate, dup ggml.Tensor)
+
+	// attention also returns what its gradient wants to find again, or an invalid tensor.
+	attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor)
+	attentionBack(s *step, q, k, v, keep, dout ggml.Tensor) (dq, dk, dv ggml.Tensor)
+
+	// loraDown is w dropout(x); loraUp returns y + scale dropout(w u), which may be computed in y's place; loraOuter adds
+	// scale * sum over tokens of u (outer) dropout(x) to gradient, in place. A part's dropout is that of its module.
+	loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor
+	loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor
+	loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part)
+
+	// pick takes the tokens of index [n] out of x; scatter adds their gradients to dx (invalid: to zeroes).
+	pick(s *step, x, index ggml.Tensor) ggml.Tensor
+	scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor
+	// loss writes the losses of targets into their part of s.stats and returns the gradient of the logits [V, n],
+	// which may take their place, or an invalid tensor without backward.
+	loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor
+}
+
+// chunk is the part of the targets that the head takes at once: distinct positions [FromPosition, FromPosition +
+// Positions) and their targets [From, From+Targets).
+type chunk struct {
+	fromPosition, positions int
+	from, targets           int
+}

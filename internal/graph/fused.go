@@ -1,0 +1,84 @@
+package graph
+
+import (
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
+)
+
+// fused are the blocks of the CPU: custom operations that compute what plain.go composes from ggml's own.
+type fused struct{}
+
+func (fused) begin(*step, engine.Batch, *ggml.Context) func() { return func() {} }
+
+func (fused) input(_ *step, _ weight, x ggml.Tensor) ggml.Tensor { return x }
+
+func (fused) matmul(s *step, w weight, input ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.MulMat(w.t, input))
+}
+
+func (fused) rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.RMSNorm(x, gamma, s.Epsilon))
+}
+
+func (fused) rmsNormBack(s *step, x, gamma, dy, residual ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.RMSNormBack(x, gamma, dy, residual, s.Epsilon))
+}
+
+func (fused) swiglu(s *step, gate, up ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.SwiGLU(gate, up))
+}
+
+func (fused) swigluBack(s *step, gate, up, dy ggml.Tensor) (dgate, dup ggml.Tensor) {
+	dgate, dup, node := s.ctx.SwiGLUBack(gate, up, dy)
+	s.add(node)
+	return dgate, dup
+}
+
+// attention keeps nothing: the probabilities are computed again, 32 queries at a time.
+func (fused) attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor) {
+	return s.add(s.ctx.Attention(q, k, v, s.segments, s.Heads)), ggml.Tensor{}
+}
+
+func (fused) attentionBack(s *step, q, k, v, _, dout ggml.Tensor) (dq, dk, dv ggml.Tensor) {
+	dq, dk, dv, node := s.ctx.AttentionBack(q, k, v, s.segments, dout, s.Heads)
+	s.add(node)
+	return dq, dk, dv
+}
+
+func (fused) loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor {
+	return s.add(s.ctx.LoRADown(x, w, s.dropout(drop)))
+}
+
+func (fused) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
+	return s.add(s.ctx.LoRAUp(y, u, w, float32(s.lora.Scale()), s.dropout(drop)))
+}
+
+func (fused) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
+	s.add(s.ctx.LoRAOuter(gradient, u, x, float32(s.lora.Scale()), s.dropout(drop)))
+}
+
+// dropout is that of a part's module; a hash of the token's seed, the module and the element decides.
+func (s *step) dropout(p *Part) ggml.Dropout {
+	if p == nil {
+		return ggml.Dropout{}
+	}
+	return ggml.Dropout{Seeds: s.seeds, Module: p.Layer*int(modules) + int(p.Module), P: s.lora.Dropout}
+}
+
+func (fused) pick(s *step, x, index ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.GetRows(x, index))
+}
+
+func (fused) scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.ScatterRows(dx, v, index, s.tokens))
+}
+
+func (fused) loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor {
+	t := s.targets
+	part := func(all ggml.Tensor) ggml.Tensor { return s.ctx.View(all, c.from, c.targets) }
+	stats := s.ctx.View(t.stats, 2*c.from, 2, c.targets)
+	if !backward {
+		return s.add(s.ctx.Losses(logits, part(t.columns), part(t.labels), stats, c.fromPosition))
+	}
+	return s.add(s.ctx.CrossEntropy(logits, part(t.columns), part(t.labels), part(t.weights), stats, c.fromPosition, s.scale))
+}
