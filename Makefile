@@ -90,6 +90,7 @@ test-clients: build model $(openai_venv)/bin/python ## curl and the official ope
 .PHONY: golden
 golden: model $(python) ## compute the trainer's golden files again (installs PyTorch)
 	$(python) scripts/golden/train_golden.py tiny internal/train/testdata
+	$(python) scripts/golden/objective_golden.py internal/train/testdata
 	$(python) scripts/golden/train_golden.py smollm2 $(HONE_TEST_MODEL) internal/train/testdata
 
 $(python): scripts/golden/requirements.txt

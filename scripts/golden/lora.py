@@ -60,14 +60,16 @@ def sketch(tensor, values):
     return out
 
 
-def add(model, r, alpha, targets=None, layers=None, rslora=False):
-    """Puts LoRA on the named projections (q_proj, ...; None: all seven) of the given layers (None: every one). Returns
-    the PEFT model and its tensors in the order of their tensor numbers, as (tensor number, name, parameter); name is
-    like layers.0.self_attn.q_proj.lora_A."""
-    config = LoraConfig(
+def config(r, alpha, targets=None, layers=None, rslora=False):
+    """LoRA on the named projections (q_proj, ...; None: all seven) of the given layers (None: every one)."""
+    return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or TARGETS, layers_to_transform=layers, use_rslora=rslora
     )
-    model = get_peft_model(model, config)
+
+
+def tensors_of(model):
+    """The LoRA tensors of a PEFT model in the order of their tensor numbers, as (tensor number, name, parameter); name
+    is like layers.0.self_attn.q_proj.lora_A."""
     parameters = dict(model.named_parameters())
     tensors = []
     for layer in range(model.config.num_hidden_layers):
@@ -79,7 +81,13 @@ def add(model, r, alpha, targets=None, layers=None, rslora=False):
                     tensors.append(((layer * 7 + m) * 2 + which, name, p))
     if left := [name for name in parameters if "lora_" in name]:
         raise SystemExit(f"PEFT made LoRA tensors that are not expected: {left}")
-    return model, tensors
+    return tensors
+
+
+def add(model, *args):
+    """Puts LoRA on a model, see config. Returns the PEFT model and its tensors."""
+    model = get_peft_model(model, config(*args))
+    return model, tensors_of(model)
 
 
 def initialise(tensors, b_bound):

@@ -28,7 +28,8 @@ JSON keys
 safetensors
     grad_norm [n], grad_sketch [n, 64]   by tensor number (lora.py), of the gradient batch; 0 where there is no LoRA
     grad.NAME                            gradient divided by full[NAME]
-    logits                               (tiny only) [rows of the gradient batch, vocabulary], of each row's last token
+    logits, base_logits                  (tiny only) [rows of the gradient batch, vocabulary], of each row's last token,
+                                         with the adapter of the gradient batch and without
 """
 
 import argparse
@@ -81,6 +82,10 @@ def batch_loss(model, rows):
     return total
 
 
+def last_logits(model, rows):
+    return np.stack([model(torch.tensor([row["tokens"]])).logits[0, -1].numpy() for row in rows])
+
+
 def write_golden(
     name, base, rows, batches, r, alpha, lr, gradient_rows, gradient_b, curve_b, full, tiny, out,
     targets=None, layers=None, rslora=False, scheduler="cosine", min_lr_rate=None, weight_decay=0.0,
@@ -104,8 +109,9 @@ def write_golden(
             arrays["grad." + tensor] = (p.grad.numpy() / factor).astype(np.float32 if tiny else np.float16)
     if tiny:
         with torch.no_grad():
-            logits = [model(torch.tensor([rows[i]["tokens"]])).logits[0, -1].numpy() for i in gradient_rows]
-        arrays["logits"] = np.stack(logits)
+            arrays["logits"] = last_logits(model, [rows[i] for i in gradient_rows])
+            with model.disable_adapter():
+                arrays["base_logits"] = last_logits(model, [rows[i] for i in gradient_rows])
     gradient = {
         "rows": gradient_rows,
         "b_bound": gradient_b,
