@@ -22,6 +22,7 @@ struct ggml_type_traits;
 
 enum {
 	HONE_GGML_TYPE_F32 = 0,
+	HONE_GGML_TYPE_I8 = 24,
 	HONE_GGML_TYPE_I32 = 26,
 	HONE_GGML_TYPE_BF16 = 30,
 	HONE_GGML_STATUS_ALLOC_FAILED = -2,

@@ -43,6 +43,7 @@ type Type int32
 // The types that tensors of our own have; a model's weights may have any type of the file format.
 const (
 	F32  Type = C.HONE_GGML_TYPE_F32
+	I8   Type = C.HONE_GGML_TYPE_I8 // also raw bytes
 	I32  Type = C.HONE_GGML_TYPE_I32
 	BF16 Type = C.HONE_GGML_TYPE_BF16
 )
@@ -222,8 +223,12 @@ func (x *Context) RopeBack(t, positions Tensor, r Rope) Tensor {
 func param(f float32) C.int32_t { return C.int32_t(int32(math.Float32bits(f))) }
 
 func (x *Context) custom(ne0, ne1 int, op C.int, params []C.int32_t, args ...Tensor) Tensor {
+	return x.customOf(F32, ne0, ne1, op, params, args...)
+}
+
+func (x *Context) customOf(t Type, ne0, ne1 int, op C.int, params []C.int32_t, args ...Tensor) Tensor {
 	list := pointers(args)
-	return Tensor{C.hone_custom(x.c, C.int64_t(ne0), C.int64_t(ne1), &list[0], C.int(len(list)), op, first(params), C.int(len(params)))}
+	return Tensor{C.hone_custom(x.c, C.uint(t), C.int64_t(ne0), C.int64_t(ne1), &list[0], C.int(len(list)), op, first(params), C.int(len(params)))}
 }
 
 func (x *Context) customInPlace(dst Tensor, op C.int, params []C.int32_t, args ...Tensor) Tensor {

@@ -587,6 +587,7 @@ static const ggml_custom_op_t ops[] = {
 	[HONE_SUM_HEADS] = op_sum_heads,
 	[HONE_LORA_DOWN] = op_lora_down,       [HONE_LORA_UP] = op_lora_up,             [HONE_LORA_OUTER] = op_lora_outer,
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
+	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,
 };
 
 static struct ggml_tensor *with_params(struct ggml_tensor *t, const int32_t *p, int n) {
@@ -594,8 +595,8 @@ static struct ggml_tensor *with_params(struct ggml_tensor *t, const int32_t *p, 
 	return t;
 }
 
-struct ggml_tensor *hone_custom(struct ggml_context *ctx, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *p, int n_params) {
-	return with_params(ggml_custom_4d(ctx, HONE_GGML_TYPE_F32, ne0, ne1, 1, 1, args, n_args, ops[op], HONE_GGML_N_TASKS_MAX, NULL), p, n_params);
+struct ggml_tensor *hone_custom(struct ggml_context *ctx, unsigned int type, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *p, int n_params) {
+	return with_params(ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, args, n_args, ops[op], HONE_GGML_N_TASKS_MAX, NULL), p, n_params);
 }
 
 struct ggml_tensor *hone_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args, int op, const int32_t *p, int n_params) {

@@ -3,7 +3,7 @@
 #ifndef HONE_GGML_KERNELS_H
 #define HONE_GGML_KERNELS_H
 
-#include "api.h"
+#include "packed.h"
 
 // hone_watch counts the nodes that a computation has done and tells it to stop.
 struct hone_watch {
@@ -15,7 +15,7 @@ bool hone_watch_callback(void *data);
 // Parameters of a custom node sit in the op_params that ggml's own custom parameters leave free.
 enum { HONE_PARAM = 8 };
 
-struct ggml_tensor *hone_custom(struct ggml_context *ctx, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *params, int n_params);
+struct ggml_tensor *hone_custom(struct ggml_context *ctx, unsigned int type, int64_t ne0, int64_t ne1, struct ggml_tensor **args, int n_args, int op, const int32_t *params, int n_params);
 struct ggml_tensor *hone_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args, int op, const int32_t *params, int n_params);
 
 enum hone_op {
@@ -31,6 +31,8 @@ enum hone_op {
 	HONE_LORA_OUTER,    // in place on g [n,r]: (g, u [r,T], x [n,T], seeds or none; scale, module, threshold): g += scale u^T x
 	HONE_CROSS_ENTROPY, // in place on logits [V,c]: (logits, columns i32 [n], labels i32 [n], stats [2,n], weights [n] or none; scale, first column)
 	HONE_SCATTER_ROWS,  // in place or new [D,T]: (x [D,n], index i32 [n]; new)
+	HONE_QUANTIZE,      // (x [K,T]) -> bytes of hone_activations
+	HONE_MATMUL,        // (bytes of hone_weights, bytes of hone_activations, residual [M,T] or none; K) -> W x + residual [M,T]
 };
 
 // hone_transpose_bf16 writes the transpose of the [rows, cols] matrix src as bfloat16 (dst [cols, rows]).

@@ -1,0 +1,220 @@
+#include "packed.h"
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { B = HONE_BLOCK, P = HONE_PANEL, G = HONE_TOKENS };
+
+static int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+static void *aligned(const void *p) { return (void *)(((uintptr_t)p + 63) / 64 * 64); }
+
+int64_t hone_packed_bytes(int64_t in, int64_t out) { return parts(out, P) * parts(in, B) * (int64_t)sizeof(struct hone_weights) + 64; }
+
+int64_t hone_quantized_bytes(int64_t in, int64_t tokens) { return parts(tokens, G) * parts(in, B) * (int64_t)sizeof(struct hone_activations) + 64; }
+
+// scale_of returns the scale that makes the largest of 64 values `most`, and its inverse in *inverse. Both are 0 for a
+// block of zeros (also one below 1e-34, whose inverse is no float32). A block with an infinity or NaN has scale NaN and
+// mantissas 0, which make every product with it NaN.
+INLINE float scale_of(const float *x, float most, float *inverse) {
+	// As integers, magnitudes are ordered like the floats, with infinity and NaN above all.
+	uint32_t bits[B], largest = 0;
+	memcpy(bits, x, sizeof bits);
+	for (int i = 0; i < B; i++) {
+		uint32_t b = bits[i] & 0x7fffffff;
+		largest = largest > b ? largest : b;
+	}
+	float a;
+	memcpy(&a, &largest, sizeof a);
+	*inverse = 0;
+	if (largest >= 0x7f800000) return NAN;
+	if (a < 1e-34f) return 0;
+	*inverse = most / a;
+	return a / most;
+}
+
+// mantissas rounds 64 values to the nearest integer multiple of the scale. `most` bounds them against the rounding of
+// the inverse. With inverse 0, values that are not finite are left out before anything is converted.
+INLINE void mantissas(const float *x, float inverse, int16_t *m) {
+	if (inverse == 0) {
+		memset(m, 0, B * sizeof *m);
+		return;
+	}
+#if defined(__AVX512BW__)
+	for (int i = 0; i < B; i += 16) _mm256_storeu_si256((__m256i *)(m + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_loadu_ps(x + i) * inverse)));
+#else
+	for (int i = 0; i < B; i++) {
+		float shifted = x[i] * inverse + 12582912.f; // 1.5 * 2^23: rounds, and leaves the integer in the low bits
+		int32_t bits;
+		memcpy(&bits, &shifted, sizeof bits);
+		m[i] = (int16_t)(bits - 0x4b400000);
+	}
+#endif
+}
+
+// ---- weights -----------------------------------------------------------------------------------------------------
+
+// put writes one output's block of K.
+static void put(struct hone_weights *w, int64_t output, const float *values) {
+	int16_t m[B];
+	float inverse;
+	int at = output % P;
+	w->scale[at] = scale_of(values, HONE_WEIGHT_MOST, &inverse);
+	mantissas(values, inverse, m);
+	for (int i = 0; i < B / 2; i++) memcpy(w->m[i][at], m + 2 * i, 2 * sizeof *m);
+}
+
+void hone_pack_rows(const float *src, void *dst, int64_t row0, int64_t n, int64_t in, int64_t out) {
+	struct hone_weights *w = aligned(dst);
+	int64_t blocks = parts(in, B), end = row0 + n == out ? parts(out, P) * P : row0 + n;
+	for (int64_t r = row0; r < end; r++)
+		for (int64_t b = 0; b < blocks; b++) {
+			float values[B] = {0};
+			if (r < out) memcpy(values, src + (r - row0) * in + b * B, (in - b * B < B ? in - b * B : B) * sizeof(float));
+			put(w + r / P * blocks + b, r, values);
+		}
+}
+
+void hone_pack_transpose(const float *src, void *dst, int64_t row0, int64_t n, int64_t in, int64_t out) {
+	struct hone_weights *w = aligned(dst);
+	int64_t blocks = parts(out, B), b = row0 / B;
+	float values[16][B]; // a few columns at a time: their neighbours share cache lines
+	for (int64_t c0 = 0; c0 < parts(in, P) * P; c0 += 16) {
+		memset(values, 0, sizeof values);
+		for (int64_t r = 0; r < n; r++)
+			for (int64_t c = c0; c < in && c < c0 + 16; c++) values[c - c0][r] = src[r * in + c];
+		for (int64_t c = c0; c < c0 + 16; c++) put(w + c / P * blocks + b, c, values[c - c0]);
+	}
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+// hone_op_quantize: (x [K, T]) -> bytes. A thread takes groups of tokens.
+void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+	(void)userdata;
+	const struct ggml_tensor *src = dst->src[0];
+	const float *x = src->data;
+	struct hone_activations *a = aligned(dst->data);
+	int64_t K = src->ne[0], T = src->ne[1], blocks = parts(K, B), groups = parts(T, G);
+	for (int64_t g = groups * ith / nth; g < groups * (ith + 1) / nth; g++)
+		for (int64_t b = 0; b < blocks; b++) {
+			struct hone_activations *block = a + g * blocks + b;
+			int64_t size = K - b * B < B ? K - b * B : B;
+			for (int i = 0; i < G; i++) {
+				const float *values = x + (g * G + i) * K + b * B;
+				float copy[B] = {0}, inverse;
+				if (g * G + i >= T) {
+					values = copy;
+				} else if (size < B) {
+					memcpy(copy, values, size * sizeof(float));
+					values = copy;
+				}
+				block->scale[i] = scale_of(values, HONE_ACTIVATION_MOST, &inverse);
+				mantissas(values, inverse, block->m[i][0]);
+			}
+		}
+}
+
+// ---- product -----------------------------------------------------------------------------------------------------
+// tile computes f[token][output] for a group of tokens and a panel of outputs, over all blocks in order. With AVX-512
+// VNNI, one multiplies 32 pairs with one instruction and sums in 24 registers.
+
+#if defined(__AVX512VNNI__)
+
+INLINE void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, float f[G][P]) {
+	for (int64_t b = 0; b < blocks; b++, w++, x++) {
+		__m512i c[G][3];
+		for (int i = 0; i < G; i++)
+			for (int j = 0; j < 3; j++) c[i][j] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+		for (int k = 0; k < B / 2; k++) {
+			__m512i v[3];
+			for (int j = 0; j < 3; j++) v[j] = _mm512_load_si512(w->m[k][16 * j]);
+			for (int i = 0; i < G; i++) {
+				int32_t pair;
+				memcpy(&pair, x->m[i][k], sizeof pair);
+				__m512i a = _mm512_set1_epi32(pair);
+				for (int j = 0; j < 3; j++) c[i][j] = _mm512_dpwssd_epi32(c[i][j], v[j], a);
+			}
+		}
+		for (int j = 0; j < 3; j++) {
+			__m512 scale = _mm512_load_ps(w->scale + 16 * j);
+			for (int i = 0; i < G; i++) {
+				__m512 sum = b == 0 ? _mm512_setzero_ps() : _mm512_load_ps(f[i] + 16 * j);
+				_mm512_store_ps(f[i] + 16 * j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[i][j]) * scale, _mm512_set1_ps(x->scale[i]), sum));
+			}
+		}
+	}
+}
+
+#else
+
+// dot adds the products of a pair of one token with the pairs of the panel's outputs.
+INLINE void dot(int32_t c[P], const int16_t w[P][2], const int16_t x[2]) {
+#if defined(__AVX2__)
+	int32_t pair;
+	memcpy(&pair, x, sizeof pair);
+	for (int j = 0; j < P; j += 8) {
+		__m256i *sum = (__m256i *)(c + j), v = _mm256_loadu_si256((const __m256i *)w[j]), a = _mm256_set1_epi32(pair);
+#if defined(__AVXVNNI__)
+		_mm256_storeu_si256(sum, _mm256_dpwssd_avx_epi32(_mm256_loadu_si256(sum), v, a));
+#else
+		_mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), _mm256_madd_epi16(v, a)));
+#endif
+	}
+#else
+	for (int j = 0; j < P; j++) c[j] += w[j][0] * x[0] + w[j][1] * x[1];
+#endif
+}
+
+INLINE void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, float f[G][P]) {
+	for (int64_t b = 0; b < blocks; b++, w++, x++)
+		for (int i = 0; i < G; i += 2) {
+			int32_t c[2][P] = {{0}};
+			for (int k = 0; k < B / 2; k++) {
+				dot(c[0], w->m[k], x->m[i][k]);
+				dot(c[1], w->m[k], x->m[i + 1][k]);
+			}
+			for (int t = 0; t < 2; t++)
+				for (int j = 0; j < P; j++) f[i + t][j] = (b == 0 ? 0 : f[i + t][j]) + (float)c[t][j] * w->scale[j] * x->scale[i + t];
+		}
+}
+
+#endif
+
+enum { CHUNK = 16 }; // groups of tokens that one unit of work computes for a panel, which stays in the second-level cache
+
+// hone_op_matmul: (packed W, quantized x, residual [M, T] or none; K) -> W x + residual [M, T]. Every element is
+// computed by one thread in the order of K.
+void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+	(void)userdata;
+	const struct hone_weights *w = aligned(dst->src[0]->data);
+	const struct hone_activations *x = aligned(dst->src[1]->data);
+	const float *residual = dst->src[2] ? dst->src[2]->data : NULL;
+	float *y = dst->data;
+	int64_t M = dst->ne[0], T = dst->ne[1], blocks = parts(dst->op_params[HONE_PARAM], B);
+	int64_t groups = parts(T, G), chunks = parts(groups, CHUNK), units = parts(M, P) * chunks;
+	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
+		int64_t panel = unit / chunks, from = unit % chunks * CHUNK, to = from + CHUNK < groups ? from + CHUNK : groups;
+		int64_t width = M - panel * P < P ? M - panel * P : P;
+		for (int64_t g = from; g < to; g++) {
+			float f[G][P] __attribute__((aligned(64)));
+			tile(w + panel * blocks, x + g * blocks, blocks, f);
+			for (int64_t i = 0; i < G && g * G + i < T; i++) {
+				int64_t at = (g * G + i) * M + panel * P;
+				if (!residual)
+					memcpy(y + at, f[i], width * sizeof(float));
+				else
+					for (int64_t j = 0; j < width; j++) y[at + j] = f[i][j] + residual[at + j];
+			}
+		}
+	}
+}
