@@ -158,6 +158,15 @@ func (f *File) Data(t Tensor) []byte {
 	return f.data[t.Offset : t.Offset+t.Bytes : t.Offset+t.Bytes]
 }
 
+// Floats decodes the data of an F32, F16 or BF16 tensor of an opened file.
+func (f *File) Floats(t Tensor) ([]float32, error) {
+	names := map[Type]string{F32: "F32", F16: "F16", BF16: "BF16"}
+	if names[t.Type] == "" {
+		return nil, &FormatError{Path: f.Path, Offset: -1, What: fmt.Sprintf("tensor %q", t.Name), Reason: fmt.Sprintf("is of type %s, expected F32, F16 or BF16", t.Type)}
+	}
+	return floats(f.Data(t), names[t.Type]), nil
+}
+
 // Parse validates the header of a GGUF file of size bytes. The File has no Data. Errors are *FormatError without a
 // path, or r's own.
 func Parse(r io.ReaderAt, size int64) (*File, error) {

@@ -24,6 +24,8 @@ type Weights struct {
 	Heads        int     // attention heads of the base model
 	KVHeads      int     // of k and v
 	Modules      []Module
+
+	LayersToTransform []int // of the training; empty if all layers of the base model are adapted
 }
 
 // Module is the LoRA pair of one linear layer: y = W x + scale * B A x.
@@ -266,7 +268,9 @@ func (w *Weights) writePEFT(dir string) error {
 		RankPattern:     map[string]int{},
 		TargetModules:   w.targets(),
 		TaskType:        "CAUSAL_LM",
-		UseRSLoRA:       w.UseRSLoRA,
+
+		LayersToTransform: w.LayersToTransform,
+		UseRSLoRA:         w.UseRSLoRA,
 	})
 }
 
