@@ -57,9 +57,11 @@ func (r trainer) Logits(b engine.Batch) ([][]float32, error) {
 	if err != nil {
 		return nil, err
 	}
-	rows := make([][]float32, len(p.Logits))
-	for i := range rows {
-		rows[i] = enginetest.Flat(p.Logits[i : i+1])
+	var rows [][]float32
+	for i, target := range b.Targets {
+		if i == 0 || target.Position > b.Targets[i-1].Position {
+			rows = append(rows, enginetest.Flat(p.Logits[i:i+1]))
+		}
 	}
 	return rows, nil
 }

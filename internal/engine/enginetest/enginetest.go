@@ -23,9 +23,11 @@ type Trainer interface {
 	// Gradient returns what Gradients has added up since Clear, in the same shapes.
 	Gradient(site reference.Site) (a, b []float32)
 	Clear()
-	// Gradients, Evaluate and Logits are those of graph.Model, with the adapter.
+	// Gradients runs a micro-batch forward and backward and adds the gradient of scale * sum(weight * loss).
 	Gradients(b engine.Batch, scale float32) (engine.Result, error)
+	// Evaluate runs it forward, and does not call Weigh.
 	Evaluate(b engine.Batch) (engine.Result, error)
+	// Logits returns those of each position that has targets, once: [positions][vocabulary].
 	Logits(b engine.Batch) ([][]float32, error)
 }
 
@@ -65,6 +67,9 @@ func Run(t *testing.T, open Open, tolerance Tolerance) {
 				return
 			}
 			adapter := Adapter{Rank: 5, Alpha: 8, Sites: reference.Sites(layers, reference.Modules...)}
+			if m.Name == "qwen3" { // one is enough: the reference is slow
+				t.Run("large-batch", func(t *testing.T) { newSuite(t, open, tolerance, m, adapter).largeBatch(t) })
+			}
 			for _, c := range []struct {
 				name  string
 				check func(*suite, *testing.T)
@@ -173,6 +178,21 @@ func Forest() engine.Batch {
 				engine.Target{Position: position, Label: engine.Token(label + 1), Weight: random.Float32()},
 				engine.Target{Position: position, Label: vocabulary - 1, Weight: -random.Float32()})
 		}
+	}
+	return b
+}
+
+// large is a seeded forest of 400 tokens in long and short segments, more than any block of a kernel holds, each of which
+// is followed by a target.
+func large() engine.Batch {
+	random := rand.New(rand.NewPCG(9, 10))
+	b := engine.Batch{Segments: []engine.Segment{
+		{Start: 0, End: 131, Parent: -1}, {Start: 131, End: 164, Parent: 0}, {Start: 164, End: 260, Parent: 0}, {Start: 260, End: 262, Parent: 2},
+		{Start: 262, End: 327, Parent: 2}, {Start: 327, End: 400, Parent: -1},
+	}}
+	for position := range 400 {
+		b.Tokens = append(b.Tokens, engine.Token(random.IntN(vocabulary)))
+		b.Targets = append(b.Targets, engine.Target{Position: position, Label: engine.Token(random.IntN(vocabulary)), Weight: random.Float32()})
 	}
 	return b
 }
