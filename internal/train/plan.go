@@ -1,6 +1,7 @@
 package train
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -53,59 +54,176 @@ type OptionError struct {
 
 func (e *OptionError) Error() string { return e.Option + ": " + e.Reason }
 
-// NewPlan decides every "auto". rows counts the training rows that are left, weights the model's. Errors are *OptionError.
-func NewPlan(o child.TrainOptions, rows, weights, maxLength int, seed int64) (child.TrainPlan, error) {
+// facts are what "auto" goes by besides the options.
+type facts struct {
+	Rows      int // training rows that are left
+	Weights   int // of the model
+	MaxLength int // MaxLength's
+	Layers    int
+	Valid     bool   // there is a validation file
+	Method    string // supervised, dpo
+	Seed      int64
+	Start     *child.TrainPlan // R, LoraAlpha, UseRSLoRA, TargetModules and LayersToTransform of the adapter to continue from
+}
+
+// NewPlan decides every "auto":
+//
+//	r                       16, or that of the adapter to continue from
+//	lora_alpha              2 r, or the adapter's
+//	lora_dropout            0.05
+//	target_modules          all seven, or the adapter's
+//	init_lora_weights       true (A kaiming-uniform, B zero)
+//	num_train_epochs        as many as show about 1,600 examples, 1 to 10 (AutoEpochs)
+//	batch_size              a 32nd of the rows, 1 to 4, or to 8 from a billion weights on (AutoBatchSize)
+//	learning_rate           1e-3 for 135 million weights, with 1/sqrt of their number down to 1e-4 (AutoLearningRate);
+//	                        a tenth of it for DPO
+//	lr_scheduler_type       cosine, with a warm-up over a tenth of the steps
+//	weight_decay, betas, epsilon, max_grad_norm    0, 0.9, 0.999, 1e-8, 1
+//	long_rows               drop
+//	beta, loss_type         0.1, sigmoid, of DPO
+//	eval_strategy           epoch if there is a validation file
+//	save_strategy           epoch, keeping the 3 newest and the best
+//	logging_steps           1
+//	metric_for_best_model   loss
+//
+// Errors are *OptionError.
+func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 	p := child.TrainPlan{
-		R:              or(o.R, 16),
-		LoraDropout:    or(o.LoraDropout, 0.05),
-		UseRSLoRA:      or(o.UseRSLoRA, false),
-		NumTrainEpochs: or(o.NumTrainEpochs, AutoEpochs(rows)),
-		BatchSize:      or(o.BatchSize, AutoBatchSize(rows, weights)),
-		LRScheduler:    or(o.LRSchedulerType, "cosine"),
-		WeightDecay:    or(o.WeightDecay, 0),
-		AdamBeta1:      or(o.AdamBeta1, 0.9),
-		AdamBeta2:      or(o.AdamBeta2, 0.999),
-		AdamEpsilon:    or(o.AdamEpsilon, 1e-8),
-		MaxGradNorm:    or(o.MaxGradNorm, 1),
-		MaxLength:      maxLength,
-		Seed:           seed,
+		Method:                 cmp.Or(f.Method, "supervised"),
+		R:                      or(o.R, 16),
+		LoraDropout:            or(o.LoraDropout, 0.05),
+		UseRSLoRA:              or(o.UseRSLoRA, false),
+		TargetModules:          o.TargetModules,
+		LayersToTransform:      o.LayersToTransform,
+		InitLoraWeights:        or(o.InitLoraWeights, "true"),
+		NumTrainEpochs:         or(o.NumTrainEpochs, AutoEpochs(f.Rows)),
+		LRScheduler:            or(o.LRSchedulerType, "cosine"),
+		WeightDecay:            or(o.WeightDecay, 0),
+		AdamBeta1:              or(o.AdamBeta1, 0.9),
+		AdamBeta2:              or(o.AdamBeta2, 0.999),
+		AdamEpsilon:            or(o.AdamEpsilon, 1e-8),
+		MaxGradNorm:            or(o.MaxGradNorm, 1),
+		Seed:                   f.Seed,
+		MaxLength:              f.MaxLength,
+		LongRows:               or(o.LongRows, "drop"),
+		TrainOnAll:             or(o.TrainOnAll, false),
+		Choices:                o.Choices,
+		EvalStrategy:           or(o.EvalStrategy, "epoch"),
+		EvalSteps:              or(o.EvalSteps, 0),
+		SaveStrategy:           or(o.SaveStrategy, "epoch"),
+		SaveSteps:              or(o.SaveSteps, 0),
+		SaveTotalLimit:         or(o.SaveTotalLimit, 3),
+		LoggingSteps:           or(o.LoggingSteps, 1),
+		LoadBestModelAtEnd:     or(o.LoadBestModelAtEnd, false),
+		MetricForBestModel:     or(o.MetricForBestModel, "loss"),
+		EarlyStoppingPatience:  or(o.EarlyStoppingPatience, 0),
+		EarlyStoppingThreshold: or(o.EarlyStoppingThreshold, 0),
 	}
 	p.LoraAlpha = or(o.LoraAlpha, 2*float64(p.R))
-	auto := AutoLearningRate(weights)
-	p.LearningRateMultiplier = or(o.LearningRateMultiplier, 1)
-	p.LearningRate = auto * p.LearningRateMultiplier
-	if o.LearningRate != nil {
-		if o.LearningRateMultiplier != nil {
-			return p, &OptionError{"learning_rate", "give either this or learning_rate_multiplier"}
+	if s := f.Start; s != nil {
+		if o.R != nil && *o.R != s.R {
+			return p, &OptionError{"r", fmt.Sprintf("%d, but the adapter to continue from has rank %d", *o.R, s.R)}
 		}
-		p.LearningRate = *o.LearningRate
-		p.LearningRateMultiplier = p.LearningRate / auto
+		p.R, p.LoraAlpha, p.UseRSLoRA = s.R, or(o.LoraAlpha, s.LoraAlpha), or(o.UseRSLoRA, s.UseRSLoRA)
+		if len(o.TargetModules) == 0 {
+			p.TargetModules = s.TargetModules
+		}
+		if len(o.LayersToTransform) == 0 {
+			p.LayersToTransform = s.LayersToTransform
+		}
 	}
-	targets := o.TargetModules
-	if len(targets) == 0 || slices.Equal(targets, []string{"all-linear"}) {
-		targets = nil
+	if !f.Valid {
+		if or(o.EvalStrategy, "no") != "no" {
+			return p, &OptionError{"eval_strategy", fmt.Sprintf("%q needs a validation file", p.EvalStrategy)}
+		}
+		p.EvalStrategy = "no"
+	}
+	if p.Method == "dpo" {
+		p.Beta, p.LossType, p.LabelSmoothing = or(o.Beta, 0.1), or(o.LossType, "sigmoid"), or(o.LabelSmoothing, 0)
+	}
+	if err := batchSize(&p, o, f); err != nil {
+		return p, err
+	}
+	if err := learningRate(&p, o, f); err != nil {
+		return p, err
+	}
+	if len(p.TargetModules) == 0 || slices.Equal(p.TargetModules, []string{"all-linear"}) {
+		p.TargetModules = nil
 		for _, m := range graph.AllLinear {
-			targets = append(targets, m.String())
+			p.TargetModules = append(p.TargetModules, m.String())
 		}
 	}
-	p.TargetModules = targets
 	if p.BatchSize > 0 && p.NumTrainEpochs > 0 {
-		p.TotalSteps = p.NumTrainEpochs * stepsPerEpoch(rows, p.BatchSize)
+		p.TotalSteps = p.NumTrainEpochs * stepsPerEpoch(f.Rows, p.BatchSize)
 	}
-	if o.MaxSteps != nil && *o.MaxSteps > 0 {
+	if o.MaxSteps != nil && *o.MaxSteps > 0 && p.BatchSize > 0 {
 		p.TotalSteps = *o.MaxSteps // as HF's: overrides the epochs, repeating the data if needed
-		p.NumTrainEpochs = (p.TotalSteps + stepsPerEpoch(rows, p.BatchSize) - 1) / stepsPerEpoch(rows, p.BatchSize)
+		p.NumTrainEpochs = (p.TotalSteps + stepsPerEpoch(f.Rows, p.BatchSize) - 1) / stepsPerEpoch(f.Rows, p.BatchSize)
 	}
 	// Rounded up, as HF's TrainingArguments.get_warmup_steps.
 	p.WarmupSteps = int(math.Ceil(or(o.WarmupRatio, 0.1) * float64(p.TotalSteps)))
 	if o.WarmupSteps != nil && *o.WarmupSteps > 0 {
 		p.WarmupSteps = *o.WarmupSteps
 	}
-	return p, validate(p)
+	return p, validate(p, o, f)
 }
 
-func validate(p child.TrainPlan) error {
-	_, rates := modulesOf(p.TargetModules)
+// batchSize is examples per optimizer step, however the options spell it.
+func batchSize(p *child.TrainPlan, o child.TrainOptions, f facts) error {
+	p.BatchSize = or(o.BatchSize, AutoBatchSize(f.Rows, f.Weights))
+	if o.PerDeviceBatchSize == nil && o.GradientAccumulation == nil {
+		return nil
+	}
+	product := or(o.PerDeviceBatchSize, 1) * or(o.GradientAccumulation, 1)
+	if o.PerDeviceBatchSize == nil {
+		product = p.BatchSize * or(o.GradientAccumulation, 1)
+		if o.BatchSize != nil {
+			return &OptionError{"gradient_accumulation_steps", "batch_size counts the examples of a whole optimizer step: leave this out, or give per_device_train_batch_size in its place"}
+		}
+	}
+	if o.BatchSize != nil && *o.BatchSize != product {
+		return &OptionError{"batch_size", fmt.Sprintf("%d, but per_device_train_batch_size x gradient_accumulation_steps is %d: give one of them", *o.BatchSize, product)}
+	}
+	p.BatchSize = product
+	return nil
+}
+
+func learningRate(p *child.TrainPlan, o child.TrainOptions, f facts) error {
+	auto := AutoLearningRate(f.Weights)
+	if p.Method == "dpo" {
+		auto /= 10
+	}
+	p.LearningRateMultiplier = or(o.LearningRateMultiplier, 1)
+	p.LearningRate = auto * p.LearningRateMultiplier
+	if o.LearningRate != nil {
+		if o.LearningRateMultiplier != nil {
+			return &OptionError{"learning_rate", "give either this or learning_rate_multiplier"}
+		}
+		p.LearningRate = *o.LearningRate
+		p.LearningRateMultiplier = p.LearningRate / auto
+	}
+	k := o.LRSchedulerKwargs
+	if p.LRScheduler != "cosine_with_min_lr" {
+		if k != nil {
+			return &OptionError{"lr_scheduler_kwargs", "only cosine_with_min_lr takes some"}
+		}
+		return nil
+	}
+	if k == nil || (k.MinLR == nil) == (k.MinLRRate == nil) {
+		return &OptionError{"lr_scheduler_kwargs", "cosine_with_min_lr needs exactly one of min_lr and min_lr_rate"}
+	}
+	p.MinLearningRate = or(k.MinLR, or(k.MinLRRate, 0)*p.LearningRate)
+	return nil
+}
+
+var (
+	strategies = []string{"no", "steps", "epoch"}
+	metrics    = []string{"loss", "accuracy", "choice_accuracy"}
+)
+
+func validate(p child.TrainPlan, o child.TrainOptions, f facts) error {
+	_, modules := modulesOf(p.TargetModules)
+	evaluates := p.EvalStrategy != "no"
 	for _, c := range []struct {
 		bad              bool
 		option, expected string
@@ -113,18 +231,41 @@ func validate(p child.TrainPlan) error {
 		{p.R < 1 || p.R > 256, "r", "1 to 256"},
 		{!(p.LoraAlpha > 0), "lora_alpha", "more than 0"},
 		{!(p.LoraDropout >= 0 && p.LoraDropout < 1), "lora_dropout", "at least 0 and less than 1"},
-		{rates != nil, "target_modules", fmt.Sprint(rates)},
+		{modules != nil, "target_modules", fmt.Sprint(modules)},
+		{slices.ContainsFunc(p.LayersToTransform, func(i int) bool { return i < 0 || i >= f.Layers }), "layers_to_transform", fmt.Sprintf("layers from 0 to %d", f.Layers-1)},
+		{p.InitLoraWeights != "true" && p.InitLoraWeights != "gaussian", "init_lora_weights", "true or gaussian"},
 		{!(p.LearningRate > 0 && p.LearningRate <= 1), "learning_rate", "more than 0 and at most 1"},
+		{!(p.MinLearningRate >= 0 && p.MinLearningRate <= p.LearningRate), "lr_scheduler_kwargs", "a minimum from 0 to the learning rate"},
 		{p.NumTrainEpochs < 1, "num_train_epochs", "at least 1"},
 		{p.BatchSize < 1, "batch_size", "at least 1"},
 		{p.TotalSteps < 1, "max_steps", "at least 1"},
-		{p.WarmupSteps < 0, "warmup_ratio", "0 to 1"},
+		{!(or(o.WarmupRatio, 0) >= 0 && or(o.WarmupRatio, 0) <= 1), "warmup_ratio", "0 to 1"},
+		{or(o.WarmupSteps, 0) < 0, "warmup_steps", "at least 0"},
 		{!slices.Contains(Schedulers, p.LRScheduler), "lr_scheduler_type", fmt.Sprintf("one of %v", Schedulers)},
 		{!(p.WeightDecay >= 0), "weight_decay", "at least 0"},
 		{!(p.AdamBeta1 >= 0 && p.AdamBeta1 < 1), "adam_beta1", "at least 0 and less than 1"},
 		{!(p.AdamBeta2 >= 0 && p.AdamBeta2 < 1), "adam_beta2", "at least 0 and less than 1"},
 		{!(p.AdamEpsilon > 0), "adam_epsilon", "more than 0"},
 		{!(p.MaxGradNorm >= 0), "max_grad_norm", "at least 0"},
+		{p.LongRows != "drop" && p.LongRows != "truncate", "long_rows", "drop or truncate"},
+		{p.Method == "dpo" && len(p.Choices) > 0, "choices", "none in a dpo job, which compares the two answers of a row"},
+		{len(p.Choices) == 1, "choices", "at least two answers"},
+		{p.Method != "dpo" && (o.Beta != nil || o.LossType != nil || o.LabelSmoothing != nil), "beta", "beta, loss_type and label_smoothing only in a dpo job"},
+		{p.Method == "dpo" && !(p.Beta > 0), "beta", "more than 0"},
+		{p.Method == "dpo" && p.LossType != "sigmoid" && p.LossType != "ipo", "loss_type", "sigmoid or ipo"},
+		{!(p.LabelSmoothing >= 0 && p.LabelSmoothing < 0.5), "label_smoothing", "at least 0 and less than 0.5"},
+		{!slices.Contains(strategies, p.EvalStrategy), "eval_strategy", fmt.Sprintf("one of %v", strategies)},
+		{(p.EvalStrategy == "steps") != (p.EvalSteps > 0), "eval_steps", "at least 1 with eval_strategy steps, and only then"},
+		{!slices.Contains(strategies, p.SaveStrategy), "save_strategy", fmt.Sprintf("one of %v", strategies)},
+		{(p.SaveStrategy == "steps") != (p.SaveSteps > 0), "save_steps", "at least 1 with save_strategy steps, and only then"},
+		{p.SaveTotalLimit < 1, "save_total_limit", "at least 1"},
+		{p.LoggingSteps < 1, "logging_steps", "at least 1"},
+		{p.LoadBestModelAtEnd && !evaluates, "load_best_model_at_end", "a validation file and evaluations"},
+		{!slices.Contains(metrics, p.MetricForBestModel), "metric_for_best_model", fmt.Sprintf("one of %v", metrics)},
+		{p.MetricForBestModel == "choice_accuracy" && p.Method != "dpo" && len(p.Choices) == 0, "metric_for_best_model", "choice_accuracy only with choices or in a dpo job"},
+		{p.EarlyStoppingPatience < 0, "early_stopping_patience", "at least 1"},
+		{p.EarlyStoppingPatience > 0 && !evaluates, "early_stopping_patience", "a validation file and evaluations"},
+		{!(p.EarlyStoppingThreshold >= 0), "early_stopping_threshold", "at least 0"},
 	} {
 		if c.bad {
 			return &OptionError{c.option, "expected " + c.expected}

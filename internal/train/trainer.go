@@ -196,7 +196,9 @@ func (t *trainer) prepare(ctx context.Context) error {
 	}
 	weights := shape.Parameters() + shape.Vocabulary*shape.Embedding
 	if state == nil {
-		t.plan, err = NewPlan(t.config.Options, len(t.data.Rows), weights, maxLength, t.config.Seed)
+		t.plan, err = NewPlan(t.config.Options, facts{
+			Rows: len(t.data.Rows), Weights: weights, MaxLength: maxLength, Layers: shape.Layers, Valid: t.valid != nil, Method: t.config.Method, Seed: t.config.Seed,
+		})
 		if err != nil {
 			return optionFailure(err)
 		}
@@ -274,7 +276,7 @@ func (t *trainer) train(ctx context.Context) error {
 			return err
 		}
 	}
-	schedule := Schedule{Kind: t.plan.LRScheduler, Peak: t.plan.LearningRate, Warmup: t.plan.WarmupSteps, Total: t.plan.TotalSteps}
+	schedule := Schedule{Kind: t.plan.LRScheduler, Peak: t.plan.LearningRate, Minimum: t.plan.MinLearningRate, Warmup: t.plan.WarmupSteps, Total: t.plan.TotalSteps}
 	order, orderEpoch := []int(nil), -1
 	for t.step < t.plan.TotalSteps {
 		if ctx.Err() != nil {

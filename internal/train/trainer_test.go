@@ -350,6 +350,8 @@ func TestPlan(t *testing.T) {
 	auto := child.TrainPlan{
 		R: 16, LoraAlpha: 32, LoraDropout: 0.05, TargetModules: all, LearningRate: 1e-3, LearningRateMultiplier: 1, NumTrainEpochs: 3, BatchSize: 4,
 		WarmupSteps: 39, LRScheduler: "cosine", AdamBeta1: 0.9, AdamBeta2: 0.999, AdamEpsilon: 1e-8, MaxGradNorm: 1, MaxLength: 2048, TotalSteps: 384, Seed: 1,
+		Method: "supervised", InitLoraWeights: "true", LongRows: "drop", EvalStrategy: "no", SaveStrategy: "epoch", SaveTotalLimit: 3, LoggingSteps: 1,
+		MetricForBestModel: "loss",
 	}
 	student := auto
 	student.R, student.LoraAlpha, student.TargetModules, student.LearningRate, student.LearningRateMultiplier = 8, 16, []string{"q_proj", "v_proj"}, 2e-4, 0.2
@@ -368,7 +370,7 @@ func TestPlan(t *testing.T) {
 		"max_steps":  {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
 		"first user": {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
 	} {
-		got, err := NewPlan(test.options, test.rows, weights, 2048, 1)
+		got, err := NewPlan(test.options, facts{Rows: test.rows, Weights: weights, MaxLength: 2048, Layers: 30, Seed: 1})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -379,21 +381,6 @@ func TestPlan(t *testing.T) {
 	}
 	if rate := AutoLearningRate(8e9); rate != 1.3e-4 {
 		t.Errorf("rate for 8 billion weights: %g", rate)
-	}
-}
-
-func TestSchedule(t *testing.T) {
-	for kind, want := range map[string][]float64{
-		"cosine":   {0, 0.5, 1, 0.75, 0.25, 0},
-		"linear":   {0, 0.5, 1, 2.0 / 3, 1.0 / 3, 0},
-		"constant": {0, 0.5, 1, 1, 1, 1},
-	} {
-		s := Schedule{Kind: kind, Peak: 1, Warmup: 2, Total: 5}
-		for i, w := range want {
-			if math.Abs(s.Rate(i)-w) > 1e-12 {
-				t.Errorf("%s after %d steps: %g, expected %g", kind, i, s.Rate(i), w)
-			}
-		}
 	}
 }
 
