@@ -164,14 +164,14 @@ func (s *suite) checkResult(t *testing.T, name string, b engine.Batch, want *ref
 			t.Errorf("%s: loss of target %d is %g, expected %g", name, i, got.Losses[i], loss)
 		}
 		// Rounding may decide between a label and another that is as likely.
-		if got.Correct[i] != want.Correct[i] && !close(want.Logits[i], int(b.Targets[i].Label), s.tolerance.Values) {
+		if got.Correct[i] != want.Correct[i] && !tie(want.Logits[i], int(b.Targets[i].Label), s.tolerance.Values) {
 			t.Errorf("%s: correct of target %d is %t, expected %t", name, i, got.Correct[i], want.Correct[i])
 		}
 	}
 }
 
-// close says whether the label's logit and the largest of the others are within the tolerance of each other.
-func close(logits []float64, label int, tolerance float64) bool {
+// tie says whether the label's logit and the largest of the others are within the tolerance of each other.
+func tie(logits []float64, label int, tolerance float64) bool {
 	other, norm := math.Inf(-1), 0.0
 	for i, v := range logits {
 		norm += v * v
