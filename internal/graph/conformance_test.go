@@ -94,8 +94,11 @@ func TestConformance(t *testing.T) {
 		tolerance enginetest.Tolerance
 	}{
 		{"float32", graph.Layout{Forward: ggml.F32, Backward: ggml.F32}, enginetest.Tolerance{Values: 1e-4, Gradients: 1e-4}},
-		// BF16 keeps 8 bits of a weight: 0.4% of each, less of their sums.
-		{"default", graph.ExactLayout(), enginetest.Tolerance{Values: 1e-4, Gradients: 0.03}},
+		// Measured: at most 0.3% of logits and 0.4% of gradients with block floating point, 0.8% of gradients where only the
+		// backward pass rounds, to BF16. The bar of the golden files is 3%.
+		{"default", graph.ExactLayout(), enginetest.Tolerance{Values: 0.01, Gradients: 0.015}},
+		// BF16 keeps 8 bits of both factors of every product, in both passes. Measured: at most 3% and 6.5%.
+		{"small", graph.SmallLayout(), enginetest.Tolerance{Values: 0.05, Gradients: 0.1}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			enginetest.Run(t, func(t *testing.T, path string, a enginetest.Adapter) enginetest.Trainer {

@@ -161,7 +161,7 @@ func (s *suite) checkResult(t *testing.T, name string, b engine.Batch, want *ref
 	}
 	for i, loss := range want.Losses {
 		if e := math.Abs(float64(got.Losses[i])-loss) / max(1, loss); !within(e, s.tolerance.Values) {
-			t.Errorf("%s: loss of target %d is %g, expected %g", name, i, got.Losses[i], loss)
+			t.Fatalf("%s: loss of target %d is %g, expected %g", name, i, got.Losses[i], loss)
 		}
 		// Rounding may decide between a label and another that is as likely.
 		if got.Correct[i] != want.Correct[i] && !tie(want.Logits[i], int(b.Targets[i].Label), s.tolerance.Values) {
