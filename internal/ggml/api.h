@@ -22,6 +22,8 @@ struct ggml_type_traits;
 
 enum {
 	HONE_GGML_TYPE_F32 = 0,
+	HONE_GGML_TYPE_Q8_0 = 8,
+	HONE_GGML_TYPE_IQ4_NL = 20,
 	HONE_GGML_TYPE_I8 = 24,
 	HONE_GGML_TYPE_I32 = 26,
 	HONE_GGML_TYPE_BF16 = 30,
@@ -30,6 +32,7 @@ enum {
 	HONE_GGML_STATUS_ABORTED = 1,
 	HONE_GGML_ROPE_TYPE_NEOX = 2,
 	HONE_GGML_N_TASKS_MAX = -1,
+	HONE_GGML_BACKEND_BUFFER_USAGE_WEIGHTS = 1,
 };
 
 // Enums of the library are unsigned int here, which is the type that they have.
@@ -93,6 +96,46 @@ struct ggml_tensor *ggml_custom_4d(struct ggml_context *ctx, unsigned int type, 
 	struct ggml_tensor **args, int n_args, ggml_custom_op_t fun, int n_tasks, void *userdata);
 struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor **args, int n_args,
 	ggml_custom_op_t fun, int n_tasks, void *userdata);
+
+// Operations of graphs that run on every kind of device.
+const char *ggml_op_desc(const struct ggml_tensor *t);
+void ggml_set_output(struct ggml_tensor *tensor);
+struct ggml_tensor *ggml_add_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_sub(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_mul(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_scale_bias(struct ggml_context *ctx, struct ggml_tensor *a, float s, float b);
+struct ggml_tensor *ggml_clamp(struct ggml_context *ctx, struct ggml_tensor *a, float min, float max);
+struct ggml_tensor *ggml_log(struct ggml_context *ctx, struct ggml_tensor *a);
+struct ggml_tensor *ggml_concat(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, int dim);
+struct ggml_tensor *ggml_cont(struct ggml_context *ctx, struct ggml_tensor *a);
+struct ggml_tensor *ggml_transpose(struct ggml_context *ctx, struct ggml_tensor *a);
+struct ggml_tensor *ggml_view_4d(struct ggml_context *ctx, struct ggml_tensor *a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+	size_t nb1, size_t nb2, size_t nb3, size_t offset);
+struct ggml_tensor *ggml_set_rows(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, struct ggml_tensor *c);
+struct ggml_tensor *ggml_argmax(struct ggml_context *ctx, struct ggml_tensor *a);
+struct ggml_tensor *ggml_rms_norm(struct ggml_context *ctx, struct ggml_tensor *a, float eps);
+struct ggml_tensor *ggml_rms_norm_back(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, float eps);
+struct ggml_tensor *ggml_swiglu_split(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_silu_back(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
+struct ggml_tensor *ggml_soft_max_ext(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *mask, float scale, float max_bias);
+struct ggml_tensor *ggml_soft_max_ext_back(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, float scale, float max_bias);
+
+// Devices other than the CPU: backends in shared libraries.
+struct ggml_backend_reg;
+struct ggml_backend_device;
+struct ggml_backend_reg *ggml_backend_load(const char *path);
+size_t ggml_backend_reg_dev_count(struct ggml_backend_reg *reg);
+struct ggml_backend_device *ggml_backend_reg_dev_get(struct ggml_backend_reg *reg, size_t index);
+const char *ggml_backend_dev_name(struct ggml_backend_device *device);
+const char *ggml_backend_dev_description(struct ggml_backend_device *device);
+void ggml_backend_dev_memory(struct ggml_backend_device *device, size_t *free, size_t *total);
+struct ggml_backend *ggml_backend_dev_init(struct ggml_backend_device *device, const char *params);
+struct ggml_backend_buffer_type *ggml_backend_dev_host_buffer_type(struct ggml_backend_device *device);
+struct ggml_backend_buffer *ggml_backend_buft_alloc_buffer(struct ggml_backend_buffer_type *buft, size_t size);
+void ggml_backend_buffer_set_usage(struct ggml_backend_buffer *buffer, unsigned int usage);
+int ggml_backend_graph_compute_async(struct ggml_backend *backend, struct ggml_cgraph *cgraph, int batch_size);
+void ggml_backend_synchronize(struct ggml_backend *backend);
+size_t ggml_row_size(unsigned int type, int64_t ne);
 
 struct ggml_cgraph *ggml_new_graph_custom(struct ggml_context *ctx, size_t size, bool grads);
 void ggml_build_forward_expand(struct ggml_cgraph *cgraph, struct ggml_tensor *tensor);

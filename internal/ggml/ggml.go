@@ -385,9 +385,10 @@ func (g *Graph) Nodes() int { return int(C.ggml_graph_n_nodes(g.c)) }
 
 // Backend computes graphs on one device.
 type Backend struct {
-	c     *C.struct_ggml_backend
-	watch *C.struct_hone_watch // in C memory: the computing threads read it
-	nodes atomic.Int32         // of the running graph
+	c      *C.struct_ggml_backend
+	watch  *C.struct_hone_watch // in C memory: the computing threads read it
+	device *Device              // none on the CPU
+	nodes  atomic.Int32         // of the running graph
 }
 
 // NewCPU makes a CPU backend that computes with the given number of threads. Close frees it.
@@ -455,7 +456,7 @@ func (b *Backend) prepare(g *Graph, a *Allocator) error {
 	}
 	for i := range g.Nodes() {
 		if node := C.ggml_graph_node(g.c, C.int(i)); !bool(C.ggml_backend_supports_op(b.c, node)) {
-			return fmt.Errorf("node %d of the graph: operation %d is not supported by this backend", i, int(node.op))
+			return fmt.Errorf("node %d of the graph: operation %s is not supported by this backend", i, C.GoString(C.ggml_op_desc(node)))
 		}
 	}
 	b.nodes.Store(int32(g.Nodes()))
@@ -464,6 +465,9 @@ func (b *Backend) prepare(g *Graph, a *Allocator) error {
 }
 
 func (b *Backend) compute(g *Graph) error {
+	if b.device != nil {
+		return b.computeOnDevice(g)
+	}
 	switch status := C.ggml_backend_graph_compute(b.c, g.c); status {
 	case C.HONE_GGML_STATUS_SUCCESS:
 		return nil
