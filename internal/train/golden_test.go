@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/hone-llm/hone/internal/child"
@@ -15,19 +16,21 @@ import (
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/modeltest"
 	"github.com/hone-llm/hone/internal/prompt"
 )
 
 // golden is what scripts/golden/train_golden.py writes; its head explains every field.
 type golden struct {
-	R         int     `json:"r"`
-	LoraAlpha float64 `json:"lora_alpha"`
-	Rows      []struct {
-		Tokens  []engine.Token `json:"tokens"`
-		Weights []float32      `json:"weights"`
-	} `json:"rows"`
-	Gradient struct {
+	R                 int         `json:"r"`
+	LoraAlpha         float64     `json:"lora_alpha"`
+	UseRSLoRA         bool        `json:"use_rslora"`
+	TargetModules     []string    `json:"target_modules"`
+	LayersToTransform []int       `json:"layers_to_transform"`
+	Rows              []goldenRow `json:"rows"`
+	Gradient          struct {
 		Rows   []int   `json:"rows"`
 		BBound float64 `json:"b_bound"`
 		Loss   float64 `json:"loss"`
@@ -37,6 +40,8 @@ type golden struct {
 		BBound      float64    `json:"b_bound"`
 		LR          float64    `json:"lr"`
 		WarmupSteps int        `json:"warmup_steps"`
+		Scheduler   string     `json:"lr_scheduler_type"`
+		MinLRRate   float64    `json:"min_lr_rate"`
 		Betas       [2]float64 `json:"betas"`
 		Eps         float64    `json:"eps"`
 		WeightDecay float64    `json:"weight_decay"`
@@ -53,25 +58,40 @@ type golden struct {
 	tensors map[string]gguf.Float32Tensor
 }
 
+type goldenRow struct {
+	Tokens  []engine.Token `json:"tokens"`
+	Weights []float32      `json:"weights"`
+}
+
 func readGolden(t *testing.T, name string) *golden {
+	t.Helper()
+	g := new(golden)
+	g.tensors = readGoldenFiles(t, name, g)
+	if g.Curve.Scheduler == "" {
+		g.Curve.Scheduler = "cosine"
+	}
+	return g
+}
+
+// readGoldenFiles decodes NAME.golden.json into values and returns the tensors of NAME.golden.safetensors.
+func readGoldenFiles(t *testing.T, name string, values any) map[string]gguf.Float32Tensor {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("testdata", name+".golden.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := new(golden)
-	if err := json.Unmarshal(data, g); err != nil {
+	if err := json.Unmarshal(data, values); err != nil {
 		t.Fatal(err)
 	}
-	tensors, _, err := gguf.ReadSafetensors(filepath.Join("testdata", name+".golden.safetensors"))
+	list, _, err := gguf.ReadSafetensors(filepath.Join("testdata", name+".golden.safetensors"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.tensors = make(map[string]gguf.Float32Tensor)
-	for _, tensor := range tensors {
-		g.tensors[tensor.Name] = tensor
+	tensors := make(map[string]gguf.Float32Tensor)
+	for _, tensor := range list {
+		tensors[tensor.Name] = tensor
 	}
-	return g
+	return tensors
 }
 
 // batch packs rows of the golden file; it also returns the sum of their target weights.
@@ -130,37 +150,96 @@ func permuteRows(values []float32, columns, headSize int, toFile bool) []float32
 	return out
 }
 
-func rotary(m graph.Module) bool { return m == graph.Query || m == graph.Key }
+// adapter is a model with an adapter of golden values.
+type adapter struct {
+	backend  *ggml.Backend
+	model    *graph.Model
+	lora     *graph.LoRA
+	permuted bool // the file's rows of q and k are in GGUF's order of rotary heads: Llama's are
+}
+
+func loadAdapter(t *testing.T, path string, layout graph.Layout, threads int, o graph.LoRAOptions) adapter {
+	t.Helper()
+	backend, model := loadModel(t, path, layout, threads)
+	weights, err := model.NewLoRA(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(weights.Close)
+	return adapter{backend, model, weights, architectureOf(t, path) == "llama"}
+}
+
+func architectureOf(t *testing.T, path string) string {
+	t.Helper()
+	file, err := gguf.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	name, _ := file.Metadata.String("general.architecture")
+	return name
+}
+
+func (a adapter) rotary(m graph.Module) bool {
+	return a.permuted && (m == graph.Query || m == graph.Key)
+}
+
+// number and tensorName are those of scripts/golden/lora.py for the half A (0) or B (1) of a part.
+func number(p graph.Part, half int) uint64 { return uint64(p.Layer*7+int(p.Module))*2 + uint64(half) }
+
+func tensorName(p graph.Part, half int) string {
+	block := "mlp"
+	if p.Module <= graph.Output {
+		block = "self_attn"
+	}
+	return fmt.Sprintf("layers.%d.%s.%s.lora_%c", p.Layer, block, p.Module, 'A'+half)
+}
+
+// initialise sets the golden values; those of B are within bBound.
+func (a adapter) initialise(bBound float64) {
+	r := a.lora.Rank
+	for _, p := range a.lora.Parts {
+		down := goldenUniform(number(p, 0), r*p.In, 1/math.Sqrt(float64(p.In)))
+		up := goldenUniform(number(p, 1), r*p.Out, bBound)
+		if a.rotary(p.Module) {
+			up = permuteRows(up, r, a.model.Heads.Size, true)
+		}
+		a.lora.SetMatrices(p, down, up)
+	}
+}
+
+// eachGradient calls visit with every gradient tensor, its rows in Hugging Face's order.
+func (a adapter) eachGradient(visit func(p graph.Part, half int, got []float32)) {
+	for _, p := range a.lora.Parts {
+		down, up := a.lora.Matrices(a.lora.Gradients, p)
+		if a.rotary(p.Module) {
+			up = permuteRows(up, a.lora.Rank, a.model.Heads.Size, false)
+		}
+		visit(p, 0, down)
+		visit(p, 1, up)
+	}
+}
 
 type goldenRun struct {
 	*golden
-	backend *ggml.Backend
-	model   *graph.Model
-	lora    *graph.LoRA
+	adapter
 }
 
 func loadGolden(t *testing.T, g *golden, path string, layout graph.Layout, threads int) *goldenRun {
 	t.Helper()
-	backend, model := loadModel(t, path, layout, threads)
-	lora, err := model.NewLoRA(graph.LoRAOptions{Rank: g.R, Alpha: g.LoraAlpha, Modules: graph.AllLinear})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(lora.Close)
-	return &goldenRun{g, backend, model, lora}
-}
-
-func number(p graph.Part) uint64 { return uint64(p.Layer*7+int(p.Module)) * 2 }
-
-func (r *goldenRun) initialise(bBound float64) {
-	for _, p := range r.lora.Parts {
-		a := goldenUniform(number(p), r.R*p.In, 1/math.Sqrt(float64(p.In)))
-		b := goldenUniform(number(p)+1, r.R*p.Out, bBound)
-		if rotary(p.Module) {
-			b = permuteRows(b, r.R, r.model.Heads.Size, true)
+	modules := graph.AllLinear
+	if len(g.TargetModules) > 0 {
+		modules = nil
+		for _, name := range g.TargetModules {
+			m, err := graph.ParseModule(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			modules = append(modules, m)
 		}
-		r.lora.SetMatrices(p, a, b)
 	}
+	options := graph.LoRAOptions{Rank: g.R, Alpha: g.LoraAlpha, RankScale: g.UseRSLoRA, Modules: modules, Layers: g.LayersToTransform}
+	return &goldenRun{g, loadAdapter(t, path, layout, threads, options)}
 }
 
 // sketch is the projection of lora.py on 64 random sign vectors.
@@ -198,34 +277,22 @@ func (r *goldenRun) gradientErrors(t *testing.T) (names []string, errors []float
 		t.Errorf("loss of the gradient batch: got %.6f, PyTorch has %.6f", loss, r.Gradient.Loss)
 	}
 	norms, sketches := r.tensors["grad_norm"].Data, r.tensors["grad_sketch"].Data
-	for _, p := range r.lora.Parts {
-		a, b := r.lora.Matrices(r.lora.Gradients, p)
-		if rotary(p.Module) {
-			b = permuteRows(b, r.R, r.model.Heads.Size, false)
-		}
-		for half, got := range [][]float32{a, b} {
-			block := "mlp"
-			if p.Module <= graph.Output {
-				block = "self_attn"
+	r.eachGradient(func(p graph.Part, half int, got []float32) {
+		name, tensor := tensorName(p, half), number(p, half)
+		var sum float64
+		if full, ok := r.tensors["grad."+name]; ok {
+			for i, v := range full.Data {
+				d := float64(got[i]) - float64(v)*r.Full[name]
+				sum += d * d
 			}
-			name := fmt.Sprintf("layers.%d.%s.%s.lora_%c", p.Layer, block, p.Module, 'A'+half)
-			tensor := number(p) + uint64(half)
-			want := float64(norms[tensor])
-			var sum float64
-			if full, ok := r.tensors["grad."+name]; ok {
-				for i, v := range full.Data {
-					d := float64(got[i]) - float64(v)*r.Full[name]
-					sum += d * d
-				}
-			} else {
-				for k, v := range sketch(tensor, got) {
-					d := v - float64(sketches[int(tensor)*64+k])
-					sum += d * d / 64
-				}
+		} else {
+			for k, v := range sketch(tensor, got) {
+				d := v - float64(sketches[int(tensor)*64+k])
+				sum += d * d / 64
 			}
-			names, errors = append(names, name), append(errors, math.Sqrt(sum)/want)
 		}
-	}
+		names, errors = append(names, name), append(errors, math.Sqrt(sum)/float64(norms[tensor]))
+	})
 	return names, errors
 }
 
@@ -248,7 +315,7 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 		trainer.data.Rows = append(trainer.data.Rows, prompt.Row{Tokens: row.Tokens, Weights: row.Weights})
 		trainer.data.Tokens += len(row.Tokens)
 	}
-	schedule := Schedule{Kind: "cosine", Peak: c.LR, Warmup: c.WarmupSteps, Total: len(c.Steps)}
+	schedule := Schedule{Kind: c.Scheduler, Peak: c.LR, Minimum: c.MinLRRate * c.LR, Warmup: c.WarmupSteps, Total: len(c.Steps)}
 	worst := 0.0
 	for i, rows := range c.Batches {
 		if err := trainer.optimize(rows, 0, schedule); err != nil {
@@ -269,25 +336,41 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 	return worst
 }
 
+// tinyModels are those of scripts/golden/tiny_models.py, with what is in them.
+var tinyModels = []struct{ name, what string }{
+	{"tiny-llama-q4_1", "Llama: Q4_1, head Q8_0 (tied)"},
+	{"tiny-llama-q8_0", "Llama: Q8_0"},
+	{"tiny-llama3", "Llama 3's rope: layers as Q4_K_M (Q4_K, Q6_K) and Q5_K_M (Q5_K, Q6_K), head Q6_K; weight decay"},
+	{"tiny-mistral", "Mistral, linear rope: Q4_0, Q5_0, Q5_1; q and v, constant rate"},
+	{"tiny-qwen2", "Qwen 2: Q5_0, IQ4_NL, Q5_1, Q8_0, head IQ4_NL (tied); rsLoRA of rank 5, linear rate"},
+	{"tiny-qwen3", "Qwen 3: F16, BF16, F32, Q4_0, head BF16 (tied); layers 0 and 2, cosine to a minimum"},
+	{"tiny-qwen3-q4_k_m", "Qwen 3: Q4_K_M, head Q6_K (tied)"},
+}
+
 // TestGolden compares gradients and the first 20 steps with transformers + PEFT in float32 over the dequantised
 // weights. The bounds are the product's promise (3% a tensor, 1% a loss); float32 weights show that what remains with
 // BF16 ones is rounding, and are held to much less.
 func TestGolden(t *testing.T) {
-	model := modeltest.Path(t)
-	float32s := graph.Layout{Forward: ggml.F32, Backward: ggml.F32}
-	tests := []struct {
-		name, golden, path string
-		layout             graph.Layout
-		threads            int
-		gradient, loss     float64
-	}{
-		{"float32", "tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", float32s, 1, 1e-4, 1e-4},
-		{"float32", "tiny-llama-q8_0", "testdata/tiny-llama-q8_0.gguf", float32s, 1, 1e-4, 1e-4},
-		{"exact", "tiny-llama-q4_1", "testdata/tiny-llama-q4_1.gguf", graph.ExactLayout(), 1, 0.03, 0.01},
-		{"exact", "smollm2", model, graph.ExactLayout(), 2, 0.03, 0.01},
-		// Taken only when memory is short, and then the job says so.
-		{"small", "smollm2", model, graph.SmallLayout(), 2, 0.06, 0.01},
+	type run struct {
+		name, golden, path, what string
+		layout                   graph.Layout
+		threads                  int
+		gradient, loss           float64
 	}
+	var tests []run
+	for _, m := range tinyModels {
+		path := "testdata/" + m.name + ".gguf"
+		tests = append(tests,
+			run{"float32", m.name, path, m.what, graph.Layout{Forward: ggml.F32, Backward: ggml.F32}, 1, 3e-5, 1e-5},
+			run{"exact", m.name, path, m.what, graph.ExactLayout(), 1, 0.03, 0.01},
+		)
+	}
+	model := modeltest.Path(t)
+	tests = append(tests,
+		run{"exact", "smollm2", model, "the default model", graph.ExactLayout(), 2, 0.03, 0.01},
+		// Taken only when memory is short, and then the job says so.
+		run{"small", "smollm2", model, "the default model", graph.SmallLayout(), 2, 0.06, 0.01},
+	)
 	for _, test := range tests {
 		t.Run(test.golden+"/"+test.name, func(t *testing.T) {
 			run := loadGolden(t, readGolden(t, test.golden), test.path, test.layout, test.threads)
@@ -302,13 +385,80 @@ func TestGolden(t *testing.T) {
 					t.Errorf("gradient of %s: relative error %.3g", names[i], e)
 				}
 			}
+			t.Logf("%s: gradients of %d tensors: relative error at most %.3g (%s), mean %.3g", test.what, len(errors), worst, where, sum/float64(len(errors)))
 			curve := run.curveError(t)
 			if !(curve <= test.loss) {
 				t.Errorf("losses of the first steps differ by up to %.3g", curve)
 			}
-			t.Logf("gradients of %d tensors: relative error at most %.3g (%s), mean %.3g; losses of %d steps within %.3g", len(errors), worst, where, sum/float64(len(errors)), len(run.Curve.Steps), curve)
+			t.Logf("losses of %d steps within %.3g", len(run.Curve.Steps), curve)
 		})
 	}
+}
+
+// Logits with and without an adapter are transformers', and those that llama.cpp serves are, up to its rounding of
+// activations to 8 bits: names, keys, the order of rotary rows, biases, norms and scaled frequencies of every
+// architecture are read as they were meant, and an exported adapter means there what it means in PEFT.
+func TestGoldenLogits(t *testing.T) {
+	for _, m := range tinyModels {
+		t.Run(m.name, func(t *testing.T) {
+			path := "testdata/" + m.name + ".gguf"
+			run := loadGolden(t, readGolden(t, m.name), path, graph.ExactLayout(), 1)
+			run.initialise(run.Gradient.BBound)
+			served, err := llama.LoadModel(path, llama.ModelOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer served.Close()
+			exported, err := llama.LoadAdapter(served, filepath.Join(run.export(t, path), lora.GGUFFile))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer exported.Free()
+			var trainer, engines [2]float64
+			for i, r := range run.Gradient.Rows {
+				tokens := run.Rows[r].Tokens
+				b := engine.Batch{Tokens: tokens, Segments: engine.Rows(len(tokens)), Targets: []engine.Target{{Position: len(tokens) - 1, Weight: 1}}}
+				for j, name := range []string{"base_logits", "logits"} {
+					want := run.tensors[name].Data[i*run.model.Vocabulary : (i+1)*run.model.Vocabulary]
+					trained, adapter := run.lora, exported
+					if j == 0 {
+						trained, adapter = nil, nil
+					}
+					trainer[j] = max(trainer[j], distance(trainerLogits(t, run.model, b, trained), want))
+					engines[j] = max(engines[j], distance(servedLogits(t, served, adapter, tokens), want))
+				}
+			}
+			t.Logf("%s: relative error of a row of logits at most %.3g, with the adapter %.3g; as served %.3g, with the adapter %.3g",
+				m.what, trainer[0], trainer[1], engines[0], engines[1])
+			if !(max(trainer[0], trainer[1]) < 3e-5) {
+				t.Error("logits are not transformers'")
+			}
+			if !(engines[0] < 0.1 && engines[1] < 1.5*engines[0]+0.02) {
+				t.Error("served logits are not transformers'")
+			}
+		})
+	}
+}
+
+// export writes the adapter as a finished job does and returns its directory.
+func (r *goldenRun) export(t *testing.T, base string) string {
+	t.Helper()
+	w := lora.Weights{
+		Manifest: lora.Manifest{
+			ID: "golden", Name: "ft:base:local::golden", BaseModel: "base", BaseDigest: strings.Repeat("0a", 32), JobID: "ftjob-golden",
+			Rank: r.R, Alpha: r.LoraAlpha, MaxLength: 100,
+		},
+		Architecture: architectureOf(t, base), UseRSLoRA: r.UseRSLoRA, Heads: r.model.Heads.Query, KVHeads: r.model.Heads.KeyValue,
+	}
+	for _, p := range r.lora.Parts {
+		a, b := r.lora.Matrices(r.lora.Parameters, p)
+		w.Modules = append(w.Modules, lora.Module{Layer: p.Layer, Name: p.Module.String(), In: p.In, Out: p.Out, A: a, B: b})
+	}
+	dir := filepath.Join(t.TempDir(), "adapter")
+	if err := lora.Export(dir, w); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // loadModel loads a model file in the layout; both are closed when the test ends, after what was made from them.
