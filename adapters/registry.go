@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -142,6 +143,12 @@ func (r *Registry) load(ctx context.Context) error {
 		if !d.IsDir() || known[d.Name()] {
 			continue
 		}
+		if strings.HasPrefix(d.Name(), importPrefix) { // an Import that was interrupted: its source is still there
+			if err := r.root.RemoveAll(d.Name()); err != nil {
+				return err
+			}
+			continue
+		}
 		m, err := r.check(d.Name())
 		if err == nil && r.byName[m.Name] != nil {
 			err = fmt.Errorf("its name %q is taken", m.Name)
@@ -239,6 +246,40 @@ func (r *Registry) Publish(ctx context.Context, dir string) (Adapter, error) {
 	return e.adapter, nil
 }
 
+// importPrefix begins the names of directories that Import fills; no id begins so.
+const importPrefix = ".import-"
+
+// Import makes the adapter in dir servable as Publish does, and leaves dir to its owner, who may remove it and may not
+// change its files: they are hard links to the same content, or copies where the file system has no links.
+func (r *Registry) Import(ctx context.Context, dir string) (_ Adapter, err error) {
+	m, err := lora.ReadManifest(dir)
+	if err != nil {
+		return Adapter{}, fmt.Errorf("import: %w", err)
+	}
+	temp, err := os.MkdirTemp(r.dir, importPrefix+"*")
+	if err != nil {
+		return Adapter{}, fmt.Errorf("import adapter %q: %w", m.Name, err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }() // after Publish there is nothing left to remove
+	for _, name := range append(slices.Sorted(maps.Keys(m.Files)), lora.ManifestFile) {
+		if err := linkOrCopy(filepath.Join(dir, name), filepath.Join(temp, name)); err != nil {
+			return Adapter{}, fmt.Errorf("import adapter %q: %w", m.Name, err)
+		}
+	}
+	return r.Publish(ctx, temp)
+}
+
+func linkOrCopy(from, to string) error {
+	if os.Link(from, to) == nil {
+		return nil
+	}
+	data, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, data, 0o600)
+}
+
 // Lookup returns the adapter with this name. It returns ErrNotFound, or why the adapter cannot be served.
 // Use Acquire to serve it.
 func (r *Registry) Lookup(name string) (Adapter, error) {
@@ -313,7 +354,7 @@ func (ref *Ref) Release() {
 }
 
 // Delete makes the adapter with this name unknown at once, and removes its files when nobody uses it any more. It returns
-// ErrNotFound. A damaged adapter can be deleted too.
+// ErrNotFound, and *store.AdapterInUseError while an unfinished job goes on from the adapter. A damaged adapter can be deleted too.
 func (r *Registry) Delete(ctx context.Context, name string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -200,6 +200,9 @@ func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
 	if err != nil {
 		return err
 	}
+	if err := j.reconcile(ctx, &row, config); err != nil {
+		return fmt.Errorf("checkpoints of earlier attempts: %w", err)
+	}
 	trainer, err := j.opts.Start(context.WithoutCancel(ctx), config)
 	if err != nil {
 		return fmt.Errorf("start the trainer: %w", err)
@@ -306,9 +309,20 @@ func (j *Jobs) config(ctx context.Context, row store.Job) (child.TrainerConfig, 
 	config := child.TrainerConfig{
 		JobID: row.ID, Attempt: row.Attempt, ModelDir: modelDir, BaseModel: row.Model, BaseDigest: digest,
 		AdapterID: row.AdapterID, AdapterName: row.AdapterName, Seed: row.Seed, Threads: j.opts.Threads,
+		Method: row.Method, CacheDir: j.opts.CacheDir, MemoryBytes: j.opts.MemoryBytes,
 	}
 	if err := json.Unmarshal(row.Options, &config.Options); err != nil {
 		return config, fmt.Errorf("options: %w", err)
+	}
+	if config.Options.Device == nil && j.opts.Device != "" {
+		config.Options.Device = &j.opts.Device
+	}
+	if row.StartAdapter != "" {
+		from, err := j.opts.Adapters.Lookup(row.StartAdapter)
+		if err != nil {
+			return config, &JobError{Code: "model_not_found", Message: fmt.Sprintf("the job cannot go on from %q: %v", row.StartAdapter, err)}
+		}
+		config.StartAdapter = from.Dir
 	}
 	if config.TrainingFile, err = j.filePath(ctx, row.TrainingFile); err != nil {
 		return config, err
@@ -362,6 +376,19 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		}
 		events = datasetMessages(e)
 
+	case child.EventMemory:
+		if e.Memory == nil {
+			return errors.New("the trainer sent a memory event without a plan")
+		}
+		if row.Attempt > 1 {
+			return nil
+		}
+		event, err := memoryMessage(*e.Memory)
+		if err != nil {
+			return err
+		}
+		events = append(events, event)
+
 	case child.EventPlan:
 		if e.Plan == nil {
 			return errors.New("the trainer sent a plan event without a plan")
@@ -388,13 +415,20 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 			return nil // done again after a resume: same seed, same data, same numbers
 		}
 		total := max(e.TotalSteps, row.TotalSteps)
-		event, err := metrics{Step: e.Step, TotalSteps: total, TrainLoss: &e.TrainLoss, TrainAccuracy: &e.TrainAccuracy}.event()
+		m := metrics{
+			Step: e.Step, TotalSteps: total, TrainLoss: &e.TrainLoss, TrainAccuracy: &e.TrainAccuracy, TrainChoiceAccuracy: e.ChoiceAccuracy,
+			RewardsChosen: e.RewardsChosen, RewardsRejected: e.RewardsRejected, LearningRate: e.LearningRate, GradNorm: e.GradNorm,
+		}
+		if row.Method == DPO && e.TrainAccuracy == 0 {
+			m.TrainAccuracy = nil // it compares answers, and need not count tokens
+		}
+		event, err := m.event()
 		if err != nil {
 			return err
 		}
 		events = append(events, event)
 		change = func(row *store.Job) error {
-			row.Step, row.TotalSteps, row.TrainLoss, row.TrainAccuracy = e.Step, total, &e.TrainLoss, &e.TrainAccuracy
+			row.Step, row.TotalSteps, row.TrainLoss, row.TrainAccuracy = e.Step, total, m.TrainLoss, m.TrainAccuracy
 			row.TrainedTokens = max(row.TrainedTokens, e.TrainedTokens)
 			return nil
 		}
@@ -407,9 +441,12 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		if step <= row.ValidStep {
 			return nil
 		}
-		m := metrics{
-			Step: step, TotalSteps: row.TotalSteps, ValidLoss: &e.ValidLoss, ValidAccuracy: &e.ValidAccuracy,
-			FullValidLoss: &e.ValidLoss, FullValidAccuracy: &e.ValidAccuracy,
+		m := metrics{Step: step, TotalSteps: row.TotalSteps, ValidChoiceAccuracy: e.ValidChoiceAccuracy, Best: e.Best}
+		if e.ValidLoss != 0 || e.ValidAccuracy != 0 { // no loss and nothing right is an evaluation of choices alone
+			m.ValidLoss, m.FullValidLoss = &e.ValidLoss, &e.ValidLoss
+			if row.Method != DPO || e.ValidAccuracy != 0 {
+				m.ValidAccuracy, m.FullValidAccuracy = &e.ValidAccuracy, &e.ValidAccuracy
+			}
 		}
 		if step == row.Step {
 			m.TrainLoss, m.TrainAccuracy = row.TrainLoss, row.TrainAccuracy
@@ -420,9 +457,12 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		}
 		events = append(events, event)
 		change = func(row *store.Job) error {
-			row.ValidStep, row.ValidLoss, row.ValidAccuracy = step, &e.ValidLoss, &e.ValidAccuracy
+			row.ValidStep, row.ValidLoss, row.ValidAccuracy, row.ValidChoiceAccuracy = step, m.ValidLoss, m.ValidAccuracy, m.ValidChoiceAccuracy
 			return nil
 		}
+
+	case child.EventCheckpoint:
+		return j.checkpoint(ctx, row, e)
 
 	case child.EventSaved:
 		if e.Step <= row.SavedStep {

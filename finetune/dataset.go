@@ -41,10 +41,12 @@ func (e *datasetError) add(line int, format string, args ...any) {
 	}
 }
 
-// validateDataset reads a whole training file and returns how many rows it has. Every line must be a conversation to learn
-// from; *datasetError lists the lines that are not. A UTF-8 byte order mark, CRLF and blank lines are accepted.
-func validateDataset(ctx context.Context, r io.Reader) (rows int, err error) {
+// validateDataset reads a whole training file and returns how many rows it has. Every line must be a row that a job of this
+// method learns from, and all of one kind; *datasetError lists the lines that are not. A UTF-8 byte order mark, CRLF and
+// blank lines are accepted.
+func validateDataset(ctx context.Context, r io.Reader, method string) (rows int, err error) {
 	problems := &datasetError{}
+	first, firstLine := "", 0 // kind and line of the first row
 	lines := bufio.NewReaderSize(r, 64<<10)
 	for number := 1; ; number++ {
 		if number%256 == 0 && ctx.Err() != nil {
@@ -64,7 +66,7 @@ func validateDataset(ctx context.Context, r io.Reader) (rows int, err error) {
 			}
 			line = bytes.TrimPrefix(line, []byte("\ufeff"))
 			if bytes.HasPrefix(bytes.TrimSpace(line), []byte("[")) {
-				problems.add(1, "the file is a JSON array; expected one JSON object {\"messages\": [...]} a line (JSONL)")
+				problems.add(1, "the file is a JSON array; expected one JSON object a line (JSONL)")
 				break
 			}
 		}
@@ -76,9 +78,16 @@ func validateDataset(ctx context.Context, r io.Reader) (rows int, err error) {
 		case !utf8.Valid(line):
 			problems.add(number, "not valid UTF-8; save the file as UTF-8")
 		default:
-			if err := validateRow(line); err != nil {
+			kind, err := validateRow(line, method)
+			if first == "" && kind != "" {
+				first, firstLine = kind, number
+			}
+			switch {
+			case err != nil:
 				problems.add(number, "%v", err)
-			} else {
+			case kind != first:
+				problems.add(number, "a row %s, and line %d is a row %s; expected rows of one kind in a file", kind, firstLine, first)
+			default:
 				rows++
 			}
 		}
@@ -87,7 +96,7 @@ func validateDataset(ctx context.Context, r io.Reader) (rows int, err error) {
 		return rows, problems
 	}
 	if rows == 0 {
-		return 0, errors.New("no rows; expected at least one line {\"messages\": [...]}")
+		return 0, errors.New("no rows; " + expectedRows(method))
 	}
 	return rows, nil
 }
@@ -131,98 +140,328 @@ func foreignEncoding(line []byte) string {
 	return ""
 }
 
-// validateRow says what is wrong with one line, or nil.
-func validateRow(line []byte) error {
-	var row struct {
-		Messages          *[]json.RawMessage `json:"messages"`
-		Tools             []json.RawMessage  `json:"tools"`
-		Functions         []json.RawMessage  `json:"functions"` // OpenAI's older word
-		ParallelToolCalls *bool              `json:"parallel_tool_calls"`
+// trainingRow is one line of a training file, whichever kind of row it is.
+type trainingRow struct {
+	conversation
+	Prompt       json.RawMessage `json:"prompt"`
+	Completion   json.RawMessage `json:"completion"`
+	Text         json.RawMessage `json:"text"`
+	Chosen       json.RawMessage `json:"chosen"`
+	Rejected     json.RawMessage `json:"rejected"`
+	Input        *conversation   `json:"input"`
+	Preferred    json.RawMessage `json:"preferred_output"`
+	NonPreferred json.RawMessage `json:"non_preferred_output"`
+}
+
+// conversation is OpenAI's: of a chat row, and of the input of a DPO row.
+type conversation struct {
+	Messages          *[]json.RawMessage `json:"messages"`
+	Tools             []json.RawMessage  `json:"tools"`
+	Functions         []json.RawMessage  `json:"functions"` // OpenAI's older word
+	ParallelToolCalls *bool              `json:"parallel_tool_calls"`
+}
+
+// The kinds of rows, as messages name them. All rows of a file are of one kind.
+const (
+	chatRow       = `{"messages"}`
+	completionRow = `{"prompt", "completion"}`
+	textRow       = `{"text"}`
+	openAIPair    = `{"input", "preferred_output", "non_preferred_output"}` // of method dpo
+	trlPair       = `{"prompt", "chosen", "rejected"}`                      // of method dpo
+)
+
+// expectedRows says what a line of a training file may be.
+func expectedRows(method string) string {
+	if method == DPO {
+		return `expected an object {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]} or {"prompt": ..., "chosen": ..., "rejected": ...}`
 	}
+	return `expected an object {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}`
+}
+
+// validateRow returns the kind of one line, and says what is wrong with it for a job of this method, or nil.
+func validateRow(line []byte, method string) (kind string, err error) {
+	var row trainingRow
 	if err := json.Unmarshal(line, &row); err != nil {
-		return jsonError(err, `expected an object {"messages": [...]}`)
+		return "", jsonError(err, expectedRows(method))
 	}
-	if row.Messages == nil {
-		return fmt.Errorf(`no "messages"; expected an object {"messages": [...]}, this one has %s`, keys(line))
+	has := func(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
+	switch {
+	case row.Messages != nil:
+		kind, err = chatRow, row.check()
+	case row.Input != nil || has(row.Preferred) || has(row.NonPreferred):
+		kind = openAIPair
+		switch {
+		case row.Input == nil || row.Input.Messages == nil:
+			err = errors.New(`no "input"; expected {"messages": [...]}, the conversation that both answers follow`)
+		case !has(row.Preferred):
+			err = errors.New(`no "preferred_output"; expected a list with the better answer, an assistant message`)
+		case !has(row.NonPreferred):
+			err = errors.New(`no "non_preferred_output"; expected a list with the other answer, an assistant message`)
+		default:
+			err = checkPair(row.Input, "input.messages", "preferred_output", row.Preferred, "non_preferred_output", row.NonPreferred)
+		}
+	case has(row.Chosen) || has(row.Rejected):
+		kind = trlPair
+		switch {
+		case !has(row.Prompt):
+			err = errors.New(`no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`)
+		case !has(row.Chosen):
+			err = errors.New(`no "chosen"; expected the better answer`)
+		case !has(row.Rejected):
+			err = errors.New(`no "rejected"; expected the other answer`)
+		default:
+			err = checkPrompted(row.conversation, row.Prompt, []string{"chosen", "rejected"}, []json.RawMessage{row.Chosen, row.Rejected})
+		}
+	case has(row.Prompt) || has(row.Completion):
+		kind = completionRow
+		switch {
+		case !has(row.Prompt):
+			err = errors.New(`no "prompt"; expected it beside "completion": a text, which may be empty, or messages`)
+		case !has(row.Completion):
+			err = errors.New(`no "completion"; expected it beside "prompt": a text or messages`)
+		default:
+			err = checkPrompted(row.conversation, row.Prompt, []string{"completion"}, []json.RawMessage{row.Completion})
+		}
+	case has(row.Text):
+		kind, err = textRow, checkText("text", row.Text)
+	default:
+		return "", fmt.Errorf("%s; this one has %s", expectedRows(method), keys(line))
 	}
-	if len(row.Tools) > 0 {
-		return fmt.Errorf("tools is not empty; %s", noTools)
+	if pair := kind == openAIPair || kind == trlPair; pair != (method == DPO) {
+		if pair {
+			return kind, fmt.Errorf("a row %s is of method dpo, and the job is %s; %s", kind, method, expectedRows(method))
+		}
+		return kind, fmt.Errorf("a row %s has no two answers to compare, and the job is dpo; %s", kind, expectedRows(method))
 	}
-	if len(row.Functions) > 0 {
-		return fmt.Errorf("functions is not empty; %s", noTools)
+	return kind, err
+}
+
+func checkText(name string, raw json.RawMessage) error {
+	var text string
+	if err := json.Unmarshal(raw, &text); err != nil {
+		return fmt.Errorf("%s: %w", name, jsonError(err, "expected a text"))
 	}
-	if len(*row.Messages) == 0 {
+	if strings.TrimSpace(text) == "" {
+		return fmt.Errorf("%s is empty; expected text", name)
+	}
+	return nil
+}
+
+// checkPrompted checks a prompt and the answers to it: all texts, or all lists of messages.
+func checkPrompted(c conversation, prompt json.RawMessage, names []string, answers []json.RawMessage) error {
+	var text string
+	if json.Unmarshal(prompt, &text) == nil {
+		for i, raw := range answers {
+			if err := checkText(names[i], raw); err != nil {
+				return fmt.Errorf("%w, as the prompt is one", err)
+			}
+		}
+		return nil
+	}
+	if err := json.Unmarshal(prompt, &c.Messages); err != nil {
+		return fmt.Errorf("prompt: %w", jsonError(err, "expected a text or a list of messages"))
+	}
+	if len(names) == 2 {
+		return checkPair(&c, "prompt", names[0], answers[0], names[1], answers[1])
+	}
+	return c.checkAnswer("prompt", names[0], answers[0], false)
+}
+
+// checkPair checks two answers to one conversation, whose messages are called prompt.
+func checkPair(c *conversation, prompt, better string, first json.RawMessage, worse string, second json.RawMessage) error {
+	if err := c.checkAnswer(prompt, better, first, true); err != nil {
+		return err
+	}
+	return c.checkAnswer(prompt, worse, second, true)
+}
+
+// check checks a conversation to learn from.
+func (c *conversation) check() error {
+	if err := c.checkTools(); err != nil {
+		return err
+	}
+	if len(*c.Messages) == 0 {
 		return errors.New("messages is empty; expected at least a user and an assistant message")
 	}
-	previous, trained := "", false
-	for i, raw := range *row.Messages {
-		var m wire.Message
-		if err := json.Unmarshal(raw, &m); err != nil {
-			return fmt.Errorf("messages[%d]: %w", i, jsonError(err, `expected an object {"role": ..., "content": ...}`))
-		}
-		if err := validateMessage(&m, i, previous); err != nil {
-			return fmt.Errorf("messages[%d]%w", i, err)
-		}
-		if m.Role == "assistant" && (m.Weight == nil || *m.Weight == 1) {
-			trained = true
-		}
-		previous = m.Role
+	check := messageCheck{weights: true}
+	if err := check.all("messages", *c.Messages); err != nil {
+		return err
 	}
-	if previous != "assistant" {
-		return fmt.Errorf("the last message has role %q; expected assistant, whose answer is learnt", previous)
+	if check.previous.Role != "assistant" {
+		return fmt.Errorf("the last message has role %q; expected assistant, whose answer is learnt", check.previous.Role)
 	}
-	if !trained {
+	if !check.trained {
 		return errors.New("every assistant message has weight 0; expected one with weight 1 or none, else there is nothing to learn")
 	}
 	return nil
 }
 
-// noTools ends the refusal of a row that would be learnt without what its tools said and did.
-const noTools = "training on tools is not available yet: expected a conversation of system, user and assistant messages"
+// checkAnswer checks messages that are an answer to the conversation, whose own messages are called prompt: one message, or,
+// unless single, as many as it takes.
+func (c *conversation) checkAnswer(prompt, name string, raw json.RawMessage, single bool) error {
+	if err := c.checkTools(); err != nil {
+		return err
+	}
+	var check messageCheck
+	if err := check.all(prompt, *c.Messages); err != nil {
+		return err
+	}
+	switch check.previous.Role {
+	case "user", "tool":
+	case "":
+		return fmt.Errorf("%s is empty; expected at least a user message", prompt)
+	default:
+		return fmt.Errorf("the last message of %s has role %q; expected user, whom the answer follows", prompt, check.previous.Role)
+	}
+	var answer []json.RawMessage
+	if err := json.Unmarshal(raw, &answer); err != nil {
+		return fmt.Errorf("%s: %w", name, jsonError(err, "expected a list of messages"))
+	}
+	if len(answer) == 0 || single && len(answer) > 1 {
+		return fmt.Errorf("%s has %d messages; expected one assistant message", name, len(answer))
+	}
+	if err := check.all(name, answer); err != nil {
+		return err
+	}
+	if check.previous.Role != "assistant" {
+		return fmt.Errorf("the last message of %s has role %q; expected assistant, whose answer is learnt", name, check.previous.Role)
+	}
+	return nil
+}
+
+func (c *conversation) checkTools() error {
+	if len(c.Functions) > 0 {
+		return errors.New("functions is not empty; say tools, which OpenAI replaced it by")
+	}
+	for i, raw := range c.Tools {
+		var tool struct {
+			Type     string `json:"type"`
+			Function *struct {
+				Name string `json:"name"`
+			} `json:"function"`
+		}
+		if err := json.Unmarshal(raw, &tool); err != nil {
+			return fmt.Errorf("tools[%d]: %w", i, jsonError(err, `expected an object {"type": "function", "function": {...}}`))
+		}
+		if tool.Type != "function" || tool.Function == nil || tool.Function.Name == "" {
+			return fmt.Errorf(`tools[%d]: expected {"type": "function", "function": {"name": ...}}`, i)
+		}
+	}
+	return nil
+}
+
+// messageCheck goes through the messages of a row in order.
+type messageCheck struct {
+	weights  bool         // assistant messages may have one
+	previous wire.Message // role "" at the beginning
+	calls    []string     // ids of the tool calls that wait for their results
+	trained  bool
+}
+
+// all checks messages that are called name in errors.
+func (c *messageCheck) all(name string, messages []json.RawMessage) error {
+	for i, raw := range messages {
+		var m wire.Message
+		if err := json.Unmarshal(raw, &m); err != nil {
+			return fmt.Errorf("%s[%d]: %w", name, i, jsonError(err, `expected an object {"role": ..., "content": ...}`))
+		}
+		if bytes.Contains(raw, []byte(`"function_call"`)) { // OpenAI's older word, which would be left out of account
+			var old struct {
+				FunctionCall json.RawMessage `json:"function_call"`
+			}
+			if json.Unmarshal(raw, &old) == nil && len(old.FunctionCall) > 0 && string(old.FunctionCall) != "null" {
+				return fmt.Errorf("%s[%d].function_call: say tool_calls, which OpenAI replaced it by", name, i)
+			}
+		}
+		if err := c.next(&m); err != nil {
+			return fmt.Errorf("%s[%d]%w", name, i, err)
+		}
+	}
+	return nil
+}
 
 // follows lists, for each role, what may come before it; "" is the beginning.
 var follows = map[string][]string{
 	"system":    {""},
 	"developer": {""},
 	"user":      {"", "system", "developer", "assistant"},
-	"assistant": {"user"},
+	"assistant": {"user", "tool"},
+	"tool":      {"assistant", "tool"},
 }
 
-// validateMessage checks message i, which comes after a message of role previous. Its errors begin with the field.
-func validateMessage(m *wire.Message, i int, previous string) error {
-	switch {
-	case m.Role == "tool" || m.Role == "function":
-		return fmt.Errorf(".role is %s; %s", m.Role, noTools)
-	case len(m.ToolCalls) > 0:
-		return fmt.Errorf(".tool_calls is not empty; %s", noTools)
-	}
+// next checks the message that comes after those before. Its errors begin with the field.
+func (c *messageCheck) next(m *wire.Message) error {
+	previous := c.previous
 	allowed, known := follows[m.Role]
-	if !known {
-		if m.Role == "" {
-			return errors.New(".role is missing; expected system, user or assistant")
-		}
-		return fmt.Errorf(".role is %q; expected system, user or assistant", m.Role)
+	switch {
+	case m.Role == "":
+		return errors.New(".role is missing; expected system, user, assistant or tool")
+	case m.Role == "function":
+		return errors.New(".role is function; say tool, which OpenAI replaced it by")
+	case !known:
+		return fmt.Errorf(".role is %.60q; expected system, user, assistant or tool", m.Role)
+	case m.Role == "tool" && (previous.Role == "assistant" && len(previous.ToolCalls) == 0 || !slices.Contains(allowed, previous.Role)):
+		return errors.New(".role is tool; expected it after an assistant message with tool_calls")
+	case slices.Contains(allowed, previous.Role):
+	case m.Role == "system" || m.Role == "developer":
+		return fmt.Errorf(".role is %s; expected it as the first message only", m.Role)
+	case previous.Role == "":
+		return fmt.Errorf(".role is %s; expected system or user as the first message", m.Role)
+	case previous.Role == "tool":
+		return fmt.Errorf(".role is %s after tool; expected the assistant to go on", m.Role)
+	default:
+		return fmt.Errorf(".role is %s after %s; expected user and assistant to take turns", m.Role, previous.Role)
 	}
-	if !slices.Contains(allowed, previous) {
-		switch {
-		case m.Role == "system" || m.Role == "developer":
-			return fmt.Errorf(".role is %s; expected it as the first message only", m.Role)
-		case i == 0:
-			return fmt.Errorf(".role is %s; expected system or user as the first message", m.Role)
-		default:
-			return fmt.Errorf(".role is %s after %s; expected user and assistant to take turns", m.Role, previous)
-		}
+	if m.Role != "tool" && previous.Role == "assistant" && len(previous.ToolCalls) > 0 {
+		return fmt.Errorf(".role is %s after tool_calls; expected a tool message with the result of each", m.Role)
 	}
-	if strings.TrimSpace(m.Content) == "" {
+	if err := c.tools(m); err != nil {
+		return err
+	}
+	if strings.TrimSpace(m.Content) == "" && len(m.ToolCalls) == 0 && m.Role != "tool" { // a tool may have nothing to say
 		return errors.New(".content is empty; expected text")
 	}
 	if m.Weight != nil {
-		if m.Role != "assistant" {
+		switch {
+		case m.Role != "assistant":
 			return fmt.Errorf(".weight is set on a %s message; expected it on assistant messages only", m.Role)
-		}
-		if *m.Weight != 0 && *m.Weight != 1 {
+		case !c.weights:
+			return errors.New(`.weight is set; expected it in rows {"messages": [...]} only: here the answer is learnt and nothing else`)
+		case *m.Weight != 0 && *m.Weight != 1:
 			return fmt.Errorf(".weight is %v; expected 0 or 1", *m.Weight)
 		}
+	}
+	if m.Role == "assistant" && (m.Weight == nil || *m.Weight == 1) {
+		c.trained = true
+	}
+	c.previous = *m
+	return nil
+}
+
+// tools checks calls and their results.
+func (c *messageCheck) tools(m *wire.Message) error {
+	if len(m.ToolCalls) > 0 && m.Role != "assistant" {
+		return fmt.Errorf(".tool_calls is set on a %s message; expected it on assistant messages only", m.Role)
+	}
+	if m.Role == "assistant" {
+		c.calls = nil
+	}
+	for i, call := range m.ToolCalls {
+		var arguments map[string]json.RawMessage
+		switch {
+		case call.Type != "" && call.Type != "function":
+			return fmt.Errorf(".tool_calls[%d].type is %.60q; expected function", i, call.Type)
+		case call.Function.Name == "":
+			return fmt.Errorf(".tool_calls[%d].function.name is missing", i)
+		case json.Unmarshal([]byte(call.Function.Arguments), &arguments) != nil || arguments == nil:
+			return fmt.Errorf(`.tool_calls[%d].function.arguments is %.60q; expected the text of a JSON object, such as "{}"`, i, call.Function.Arguments)
+		}
+		if call.ID != "" {
+			c.calls = append(c.calls, call.ID)
+		}
+	}
+	if m.Role == "tool" && m.ToolCallID != "" && len(c.calls) > 0 && !slices.Contains(c.calls, m.ToolCallID) {
+		return fmt.Errorf(".tool_call_id is %.60q; expected that of a call before: %s", m.ToolCallID, strings.Join(c.calls, ", "))
 	}
 	return nil
 }
@@ -235,12 +474,16 @@ func jsonError(err error, expected string) error {
 	case errors.As(err, &syntax):
 		return fmt.Errorf("not valid JSON at byte %d: %s; %s", syntax.Offset, syntax.Error(), expected)
 	case errors.As(err, &kind) && kind.Field != "":
-		// wire.Message decodes into a type of its own, whose name is not the author's concern.
-		return fmt.Errorf("%s is a JSON %s; expected %s", strings.TrimPrefix(kind.Field, "plain."), kind.Value, kindName(kind.Type.Kind().String()))
+		return fmt.Errorf("%s is a JSON %s; expected %s", fieldPath(kind.Field), kind.Value, kindName(kind.Type.Kind().String()))
 	case errors.As(err, &kind):
 		return fmt.Errorf("a JSON %s; %s", kind.Value, expected)
 	}
 	return err
+}
+
+// fieldPath leaves out the names of our own embedded types, which are not the author's concern.
+func fieldPath(field string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(field, "plain."), "conversation.")
 }
 
 func kindName(kind string) string {

@@ -8,23 +8,24 @@ import (
 
 // Spec asks for a job. Zero values are the documented defaults.
 type Spec struct {
-	Model          string // a base model's name
+	Model          string // a base model, or ft:...: then training goes on from that adapter, on its base model
 	TrainingFile   string // file id; purpose fine-tune
 	ValidationFile string // file id, or ""
 	Suffix         string // 1 to 64 characters of the tuned model's name, or ""
 	Seed           *int64 // 0 to 2147483647; nil draws one
 	Options        child.TrainOptions
 	Metadata       map[string]string // at most 16 pairs, keys to 64 and values to 512 characters
-	MethodType     string            // "supervised", the only method; "" means it
+	MethodType     string            // Supervised ("" too) or DPO
 	// Requested are OpenAI's hyper-parameters as sent. What Options leaves nil is taken from here.
 	Requested Hyperparameters
 }
 
-// Hyperparameters are OpenAI's three. nil is "auto".
+// Hyperparameters are OpenAI's. nil is "auto".
 type Hyperparameters struct {
 	NEpochs                *int     `json:"n_epochs,omitempty"`
 	BatchSize              *int     `json:"batch_size,omitempty"`
 	LearningRateMultiplier *float64 `json:"learning_rate_multiplier,omitempty"`
+	Beta                   *float64 `json:"beta,omitempty"` // of DPO
 }
 
 // Status is the state of a job, in OpenAI's words.
@@ -56,6 +57,7 @@ type Job struct {
 	CreatedAt      int64  // Unix seconds
 	FinishedAt     int64  // Unix seconds; 0 until the state is final
 	Model          string // the base model
+	StartAdapter   string // ft:...; "" if training began anew
 	FineTunedModel string // ft:...; "" until it succeeded
 	Status         Status
 	Error          *JobError // of a failed job
@@ -96,6 +98,8 @@ type Progress struct {
 	TrainLoss       *float64
 	ValidLoss       *float64
 	ValidAccuracy   *float64
+	// ValidChoiceAccuracy is the share of validation questions that a predictor would answer right, where that is known.
+	ValidChoiceAccuracy *float64
 }
 
 // Event is one entry of a job's log.
@@ -115,5 +119,5 @@ type Checkpoint struct {
 	Model      string // ft:...:ckpt-step-N
 	StepNumber int
 	JobID      string
-	Metrics    json.RawMessage
+	Metrics    json.RawMessage // as in the events of that step
 }

@@ -31,6 +31,8 @@ type Models interface {
 // Adapters takes up what jobs make. *adapters.Registry is one.
 type Adapters interface {
 	Publish(ctx context.Context, dir string) (adapters.Adapter, error)
+	Import(ctx context.Context, dir string) (adapters.Adapter, error)
+	List() []adapters.Adapter
 	Lookup(name string) (adapters.Adapter, error)
 	Delete(ctx context.Context, name string) error
 }
@@ -67,6 +69,9 @@ type Options struct {
 	Now    func() time.Time // default: time.Now
 
 	Threads     int           // of the trainer; 0 means all cores
+	Device      string        // auto, cpu or cuda, for jobs that do not say; "" means auto
+	MemoryBytes int64         // that a trainer may take; 0: what is free
+	CacheDir    string        // of tokenized files; "": each attempt makes its own
 	MaxFailures int           // attempts in a row that get no further, after which a job fails; default 3
 	RetryDelay  time.Duration // before the second attempt, then doubled; default 1 s
 	CancelGrace time.Duration // from asking a cancelled job's trainer to end until killing it; default 1 s
@@ -90,6 +95,8 @@ type Jobs struct {
 	stopped bool
 	done    sync.WaitGroup
 	live    map[string]*run // by job id: what works on a job now
+
+	dryRuns chan struct{} // holds a token while one runs
 }
 
 // run is work on one job in this process: a validation, or attempts.
@@ -117,7 +124,7 @@ func New(opts Options) *Jobs {
 	opts.Heartbeat = cmp.Or(opts.Heartbeat, 5*time.Second)
 	return &Jobs{
 		opts: opts, queue: opts.Store, owner: store.NewID("", 16), live: map[string]*run{},
-		wakeDispatch: make(chan struct{}, 1), wakeValidate: make(chan struct{}, 1), hard: make(chan struct{}),
+		wakeDispatch: make(chan struct{}, 1), wakeValidate: make(chan struct{}, 1), hard: make(chan struct{}), dryRuns: make(chan struct{}, 1),
 	}
 }
 
@@ -175,57 +182,87 @@ func (j *Jobs) Stop(ctx context.Context) error {
 // Create adds a job. It returns *InvalidError for a request that cannot work: options out of range, an unknown model or
 // file, a file of another purpose. What is in the files is looked at later, in state validating_files.
 func (j *Jobs) Create(ctx context.Context, spec Spec) (*Job, error) {
-	spec.MethodType = cmp.Or(spec.MethodType, "supervised")
-	if err := spec.check(); err != nil {
-		return nil, err
-	}
-	if err := spec.merge(); err != nil {
-		return nil, err
-	}
-	// Both learning_rate and a multiplier may only have met now.
-	if err := checkOptions(&spec.Options); err != nil {
-		return nil, err
-	}
-	_, digest, err := j.opts.Models.Base(ctx, spec.Model)
-	if errors.Is(err, ErrUnknownModel) {
-		return nil, invalid("model", "model_not_found", "model %q does not exist; GET /v1/models lists the models", spec.Model)
-	}
+	row, err := j.prepare(ctx, spec)
 	if err != nil {
-		return nil, fmt.Errorf("base model %q: %w", spec.Model, err)
+		return nil, err
+	}
+	validating := "Validating training file: " + row.TrainingFile
+	if row.ValidationFile != "" {
+		validating += " and validation file: " + row.ValidationFile
+	}
+	events := []store.Event{message("info", "Created fine-tuning job: %s", row.ID), message("info", "%s", validating)}
+	if row.StartAdapter != "" {
+		events = append(events, message("info", "Going on from %s", row.StartAdapter))
+	}
+	if err := j.opts.Store.CreateJob(ctx, row, events...); err != nil {
+		return nil, err
+	}
+	wake(j.wakeValidate)
+	return j.job(row)
+}
+
+// prepare returns the row of a job that could be created. Errors are those of Create.
+func (j *Jobs) prepare(ctx context.Context, spec Spec) (store.Job, error) {
+	spec.MethodType = cmp.Or(spec.MethodType, Supervised)
+	if err := spec.check(); err != nil {
+		return store.Job{}, err
+	}
+	base, start := spec.Model, ""
+	var from adapters.Adapter
+	if strings.HasPrefix(spec.Model, "ft:") {
+		var err error
+		from, err = j.opts.Adapters.Lookup(spec.Model)
+		if errors.Is(err, adapters.ErrNotFound) {
+			return store.Job{}, invalid("model", "model_not_found", "model %q does not exist; GET /v1/models lists the models", spec.Model)
+		}
+		if err != nil {
+			return store.Job{}, err
+		}
+		if err := inherit(&spec.Options, from.Manifest); err != nil {
+			return store.Job{}, err
+		}
+		base, start = from.BaseModel, from.Name
+	}
+	_, digest, err := j.opts.Models.Base(ctx, base)
+	switch {
+	case errors.Is(err, ErrUnknownModel) && start != "":
+		return store.Job{}, invalid("model", "base_model_missing", "the base model %s of %s is not here any more; add it again", base, start)
+	case errors.Is(err, ErrUnknownModel):
+		return store.Job{}, invalid("model", "model_not_found", "model %q does not exist; GET /v1/models lists the models", spec.Model)
+	case err != nil:
+		return store.Job{}, fmt.Errorf("base model %q: %w", base, err)
+	}
+	if start != "" {
+		if err := from.CheckBase(digest); err != nil {
+			return store.Job{}, err
+		}
 	}
 	if err := j.checkFile(ctx, "training_file", spec.TrainingFile); err != nil {
-		return nil, err
+		return store.Job{}, err
 	}
-	validating := "Validating training file: " + spec.TrainingFile
 	if spec.ValidationFile != "" {
 		if err := j.checkFile(ctx, "validation_file", spec.ValidationFile); err != nil {
-			return nil, err
+			return store.Job{}, err
 		}
-		validating += " and validation file: " + spec.ValidationFile
 	}
 	row := store.Job{
-		ID: store.NewJobID(), CreatedAt: j.opts.Now().Unix(), Status: string(ValidatingFiles), Model: spec.Model, BaseDigest: digest,
+		ID: store.NewJobID(), CreatedAt: j.opts.Now().Unix(), Status: string(ValidatingFiles), Model: base, BaseDigest: digest, StartAdapter: start,
 		TrainingFile: spec.TrainingFile, ValidationFile: spec.ValidationFile, Suffix: spec.Suffix, Method: spec.MethodType,
 		Metadata: spec.Metadata, AdapterID: store.NewID("", 8),
 	}
-	row.AdapterName = adapters.Name(spec.Model, spec.Suffix, row.AdapterID)
+	row.AdapterName = adapters.Name(base, spec.Suffix, row.AdapterID)
 	if spec.Seed != nil {
 		row.Seed = *spec.Seed
 	} else {
 		row.Seed = int64(rand.Int32())
 	}
 	if row.Requested, err = json.Marshal(spec.Requested); err != nil {
-		return nil, fmt.Errorf("create job: %w", err)
+		return store.Job{}, fmt.Errorf("create job: %w", err)
 	}
 	if row.Options, err = json.Marshal(spec.Options); err != nil {
-		return nil, fmt.Errorf("create job: %w", err)
+		return store.Job{}, fmt.Errorf("create job: %w", err)
 	}
-	err = j.opts.Store.CreateJob(ctx, row, message("info", "Created fine-tuning job: %s", row.ID), message("info", "%s", validating))
-	if err != nil {
-		return nil, err
-	}
-	wake(j.wakeValidate)
-	return j.job(row)
+	return row, nil
 }
 
 // checkFile checks that a job can read the file.
@@ -239,7 +276,7 @@ func (j *Jobs) checkFile(ctx context.Context, param, id string) error {
 	case file.Purpose != "fine-tune":
 		return invalid(param, "invalid_file_purpose", "%s %q has purpose %q; expected a file with purpose \"fine-tune\"", param, id, file.Purpose)
 	case file.Bytes == 0:
-		return invalid(param, "invalid_"+param, "%s %q is empty; expected at least one line {\"messages\": [...]}", param, id)
+		return invalid(param, "invalid_"+param, "%s %q is empty; expected a row a line", param, id)
 	}
 	return nil
 }
@@ -285,14 +322,6 @@ func (j *Jobs) Events(ctx context.Context, id, after string, limit int) (events 
 		events = append(events, Event{ID: e.ID, CreatedAt: e.CreatedAt, Level: e.Level, Message: e.Message, Type: e.Type, Data: e.Data})
 	}
 	return events, more, nil
-}
-
-// Checkpoints returns the servable checkpoints of a job. There are none: a job's only servable adapter is its last.
-func (j *Jobs) Checkpoints(ctx context.Context, id, _ string, _ int) ([]Checkpoint, bool, error) {
-	if _, err := j.opts.Store.Job(ctx, id); err != nil {
-		return nil, false, notFound(id, err)
-	}
-	return []Checkpoint{}, false, nil
 }
 
 // Cancel ends a job, and returns it once nothing of it runs any more. Of a job in a final state it returns *ConflictError.
@@ -344,11 +373,12 @@ func (j *Jobs) move(to Status) func(*store.Job) error {
 // job joins a row with what is known of its running attempt.
 func (j *Jobs) job(row store.Job) (*Job, error) {
 	job := &Job{
-		ID: row.ID, CreatedAt: row.CreatedAt, FinishedAt: row.FinishedAt, Model: row.Model, FineTunedModel: row.FineTunedModel,
+		ID: row.ID, CreatedAt: row.CreatedAt, FinishedAt: row.FinishedAt, Model: row.Model, StartAdapter: row.StartAdapter, FineTunedModel: row.FineTunedModel,
 		Status: Status(row.Status), MethodType: row.Method, Seed: row.Seed, TrainingFile: row.TrainingFile, ValidationFile: row.ValidationFile,
 		ResultFiles: row.ResultFiles, TrainedTokens: row.TrainedTokens, Metadata: row.Metadata, Suffix: row.Suffix, Attempt: row.Attempt,
 		Progress: Progress{
 			Step: row.Step, TotalSteps: row.TotalSteps, TrainLoss: row.TrainLoss, ValidLoss: row.ValidLoss, ValidAccuracy: row.ValidAccuracy,
+			ValidChoiceAccuracy: row.ValidChoiceAccuracy,
 		},
 	}
 	if job.ResultFiles == nil {
@@ -368,6 +398,9 @@ func (j *Jobs) job(row store.Job) (*Job, error) {
 		}
 		job.Hyperparameters = Hyperparameters{
 			NEpochs: &job.Plan.NumTrainEpochs, BatchSize: &job.Plan.BatchSize, LearningRateMultiplier: &job.Plan.LearningRateMultiplier,
+		}
+		if row.Method == DPO {
+			job.Hyperparameters.Beta = &job.Plan.Beta
 		}
 	}
 	if job.Status == Failed {
@@ -402,6 +435,12 @@ func (j *Jobs) sweep(ctx context.Context) error {
 		return err
 	}
 	for _, dir := range dirs {
+		if strings.HasPrefix(dir.Name(), dryRunPrefix) {
+			if err := os.RemoveAll(j.dir(dir.Name())); err != nil {
+				return err
+			}
+			continue
+		}
 		row, err := j.opts.Store.Job(ctx, dir.Name())
 		if errors.Is(err, store.ErrNotFound) {
 			j.opts.Logger.Warn("left a directory alone that belongs to no job", "dir", j.dir(dir.Name()))

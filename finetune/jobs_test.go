@@ -21,6 +21,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -199,8 +200,10 @@ func TestJobSucceeds(t *testing.T) {
 		"Validating training file: " + spec.TrainingFile + " and validation file: " + spec.ValidationFile,
 		"Files validated, moving job to queued state",
 		"Fine-tuning job started",
-		"Training on 4 examples with 40 tokens, validating on 1 examples with 9 tokens",
+		"Training on 4 examples with 40 tokens (10 of them are shared by rows and computed once), validating on 1 examples with 9 tokens",
 		"1 examples are longer than max_length and are left out",
+		"2 examples are longer than max_length and lose the beginning of their prompt",
+		"Memory: 4.0 GiB of 8.0 GiB on cpu: weights 3.0 GiB (layout exact: bf16, transposed bf16), adapter 1.0 MiB, activations of 1024 tokens 512 MiB, the rest 256 MiB",
 		"Step 1/4: training loss=2.0000",
 		"Step 2/4: training loss=1.0000",
 		"Step 2/4: training loss=1.0000, validation loss=1.5000, full validation loss=1.5000, full validation accuracy=0.2500",
@@ -225,8 +228,7 @@ func TestJobSucceeds(t *testing.T) {
 	if err != nil || file.Purpose != "fine-tune-results" {
 		t.Errorf("result file %+v, %v", file, err)
 	}
-	wantCSV := "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n" +
-		"1,2,0.5,,\n2,1,0.5,1.5,0.25\n3,0.66666667,0.5,,\n4,0.5,0.5,0.75,0.25\n"
+	wantCSV := resultHeader + "1,2,0.5,,,,,,,,\n2,1,0.5,1.5,0.25,,,,,,\n3,0.66666667,0.5,,,,,,,,\n4,0.5,0.5,0.75,0.25,,,,,,\n"
 	if diff := cmp.Diff(wantCSV, string(csv)); diff != "" {
 		t.Errorf("result file (-want +got)\n%s", diff)
 	}
@@ -245,10 +247,14 @@ func TestJobSucceeds(t *testing.T) {
 	}
 }
 
+// resultHeader are the columns of a result file: OpenAI's, then ours.
+const resultHeader = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy," +
+	"train_choice_accuracy,valid_choice_accuracy,rewards_chosen,rewards_rejected,learning_rate,grad_norm\n"
+
 func TestJobFails(t *testing.T) {
 	t.Parallel()
 	h := openHome(t)
-	job := h.awaitEnd(h.create(behaviour{Fail: true}).ID, finetune.Failed)
+	job := h.awaitEnd(h.create(behaviour{Fail: child.CodeInvalidFile}).ID, finetune.Failed)
 	want := &finetune.JobError{Code: "invalid_training_file", Message: "no row fits max_length", Param: "training_file"}
 	if diff := cmp.Diff(want, job.Error); diff != "" || job.Attempt != 1 {
 		t.Errorf("attempt %d, error (-want +got)\n%s", job.Attempt, diff)
@@ -257,6 +263,14 @@ func TestJobFails(t *testing.T) {
 		t.Errorf("last event %q", messages[len(messages)-1])
 	}
 	h.awaitGone(job.ID, 1)
+
+	// What would help stands in the trainer's message, which comes through as it is.
+	for _, code := range []string{child.CodeInsufficientMemory, child.CodeDiverged} {
+		job := h.awaitEnd(h.create(behaviour{Fail: code}).ID, finetune.Failed)
+		if job.Error.Code != code || job.Error.Message != "no row fits max_length" || job.Attempt != 1 {
+			t.Errorf("%s: attempt %d, %+v", code, job.Attempt, job.Error)
+		}
+	}
 }
 
 func TestTrainerCrashes(t *testing.T) {
@@ -710,7 +724,8 @@ func TestCreateRefuses(t *testing.T) {
 		{"training_file", func(s *finetune.Spec) { s.TrainingFile = empty }},
 		{"training_file", func(s *finetune.Spec) { s.TrainingFile = other.ID }},
 		{"validation_file", func(s *finetune.Spec) { s.ValidationFile = "../../etc/passwd" }},
-		{"method.type", func(s *finetune.Spec) { s.MethodType = "dpo" }},
+		{"method.type", func(s *finetune.Spec) { s.MethodType = "reinforcement" }},
+		{"hyperparameters.beta", func(s *finetune.Spec) { s.Requested.Beta = f(0) }},
 		{"suffix", func(s *finetune.Spec) { s.Suffix = strings.Repeat("x", 65) }},
 		{"seed", func(s *finetune.Spec) { s.Seed = &seed }},
 		{"metadata", func(s *finetune.Spec) { s.Metadata = long }},

@@ -48,7 +48,9 @@ type behaviour struct {
 	Delay        time.Duration // of a step
 	CrashAt      int           // exit with code 3 in the middle of this step ...
 	Crashes      int           // ... in the attempts up to this one
-	Fail         bool          // report failed instead of training
+	Fail         string        // report failed with this code instead of training
+	Checkpoints  int           // make a checkpoint every second step, and keep so many
+	Unreported   bool          // exit with code 3 after writing the first checkpoint, without a word, in the first attempt
 	Deaf         bool          // ignore the stop command and signals
 	Silent       bool          // exit with code 0 and no event
 	WrongAdapter bool          // write an adapter of another base
@@ -107,15 +109,36 @@ func trainerMain() int {
 	if b.Silent {
 		return 0
 	}
-	if b.Fail {
-		send(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeInvalidFile, Message: "no row fits max_length", Param: "training_file"}})
+	if b.Fail != "" {
+		send(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: b.Fail, Message: "no row fits max_length", Param: "training_file"}})
 		return 1
 	}
+	// What the trainer was told is for the tests to read.
+	if data, err := json.Marshal(config); err != nil || os.WriteFile(filepath.Join(config.Dir, "config.log"), data, 0o600) != nil {
+		return 6
+	}
+	dpo := config.Method == finetune.DPO
 	step := resumeStep(config.ResumeFrom)
-	send(child.TrainerEvent{Type: child.EventDataset, TrainRows: 4, TrainTokens: 40, ValidRows: 1, ValidTokens: 9, DroppedRows: 1})
-	send(child.TrainerEvent{Type: child.EventPlan, Plan: &child.TrainPlan{
-		R: 16, NumTrainEpochs: b.Steps / 2, BatchSize: 2, TotalSteps: b.Steps, Seed: config.Seed, ResumedStep: step, LearningRateMultiplier: 1,
-	}})
+	send(child.TrainerEvent{Type: child.EventDataset, TrainRows: 4, TrainTokens: 40, ValidRows: 1, ValidTokens: 9, DroppedRows: 1, TruncatedRows: 2, SharedTokens: 10})
+	memory := child.MemoryPlan{
+		Device: "cpu", Layout: "exact", Forward: "bf16", Backward: "bf16", WeightBytes: 3 << 30, AdapterBytes: 1 << 20, ActivationBytes: 1 << 29,
+		OverheadBytes: 1 << 28, TotalBytes: 4 << 30, FreeBytes: 8 << 30, MicroBatchTokens: 1024,
+	}
+	send(child.TrainerEvent{Type: child.EventMemory, Memory: &memory})
+	plan := &child.TrainPlan{
+		Method: config.Method, R: 16, NumTrainEpochs: b.Steps / 2, BatchSize: 2, TotalSteps: b.Steps, Seed: config.Seed, ResumedStep: step, LearningRateMultiplier: 1,
+		Memory: memory,
+	}
+	if dpo {
+		plan.Beta = 0.1
+	}
+	send(child.TrainerEvent{Type: child.EventPlan, Plan: plan})
+	if config.DryRun {
+		send(child.TrainerEvent{Type: child.EventLog, Message: "a note"})
+		send(child.TrainerEvent{Type: child.EventDone})
+		return 0
+	}
+	var kept []string
 	for step < b.Steps {
 		send(child.TrainerEvent{Type: child.EventProgress, Step: step, TotalSteps: b.Steps, Fraction: 0.5, TokensPerSecond: 100, SecondsLeft: 60})
 		select {
@@ -131,11 +154,37 @@ func trainerMain() int {
 			return 3
 		}
 		step++
-		send(child.TrainerEvent{
+		done := child.TrainerEvent{
 			Type: child.EventStep, Step: step, TotalSteps: b.Steps, TrainLoss: 2 / float64(step), TrainAccuracy: 0.5, TrainedTokens: int64(20 * step),
-		})
+		}
+		eval := child.TrainerEvent{Type: child.EventEval, Step: step, Epoch: step / 2, ValidLoss: 3 / float64(step), ValidAccuracy: 0.25}
+		if dpo {
+			done.TrainAccuracy, done.ChoiceAccuracy, done.RewardsChosen, done.RewardsRejected = 0, new(0.75), new(0.5), new(-0.5)
+			done.LearningRate, done.GradNorm = 1e-3, 2
+			eval.ValidAccuracy, eval.ValidChoiceAccuracy, eval.Best = 0, new(0.625), true
+		}
+		send(done)
 		if step%2 == 0 {
-			send(child.TrainerEvent{Type: child.EventEval, Step: step, Epoch: step / 2, ValidLoss: 3 / float64(step), ValidAccuracy: 0.25})
+			send(eval)
+			if b.Checkpoints > 0 {
+				dir, id, name := config.Checkpoint(step)
+				checkpoint := config
+				checkpoint.AdapterDir, checkpoint.AdapterID, checkpoint.AdapterName = dir, id, name
+				if err := writeAdapter(checkpoint); err != nil {
+					return 7
+				}
+				if b.Unreported && config.Attempt == 1 {
+					return 3
+				}
+				e := child.TrainerEvent{Type: child.EventCheckpoint, Step: step, CheckpointDir: dir}
+				if kept = append(kept, dir); len(kept) > b.Checkpoints {
+					e.Removed, kept = kept[:1], kept[1:]
+					if err := os.RemoveAll(e.Removed[0]); err != nil {
+						return 7
+					}
+				}
+				send(e)
+			}
 			if err := writeResume(config.Dir, step); err != nil {
 				return 6
 			}
@@ -183,7 +232,7 @@ func writeAdapter(config child.TrainerConfig) error {
 	weights := []byte("weights of " + config.AdapterID)
 	m := lora.Manifest{
 		ID: config.AdapterID, Name: config.AdapterName, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
-		Rank: 16, Alpha: 32, Files: map[string]string{lora.GGUFFile: digestOf(weights)},
+		Rank: 16, Alpha: 32, TargetModules: []string{"q_proj", "v_proj"}, Files: map[string]string{lora.GGUFFile: digestOf(weights)},
 	}
 	data, err := json.Marshal(m)
 	if err != nil {
@@ -274,7 +323,7 @@ func openServer(ctx context.Context, dir string, logger *slog.Logger) (*server, 
 	}
 	jobs := finetune.New(finetune.Options{
 		Store: st, Models: models{}, Adapters: registry, Start: startTrainer, Dir: filepath.Join(dir, "jobs"), Logger: logger,
-		RetryDelay: 5 * time.Millisecond, CancelGrace: 500 * time.Millisecond, Heartbeat: 50 * time.Millisecond,
+		Device: "cpu", MemoryBytes: 5 << 30, CacheDir: filepath.Join(dir, "cache"), RetryDelay: 5 * time.Millisecond, CancelGrace: 500 * time.Millisecond, Heartbeat: 50 * time.Millisecond,
 	})
 	return &server{store: st, registry: registry, jobs: jobs}, jobs.Start(ctx)
 }

@@ -34,10 +34,7 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 	ctx, working := j.begin(ctx, row.ID)
 	defer j.end(row.ID, working)
 
-	problem := j.readFile(ctx, "training", row.TrainingFile)
-	if problem == nil && row.ValidationFile != "" {
-		problem = j.readFile(ctx, "validation", row.ValidationFile)
-	}
+	problem := j.readFiles(ctx, row)
 	if ctx.Err() != nil {
 		return nil // cancelled, or stopping: validated again after the next start
 	}
@@ -65,8 +62,17 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 	return nil
 }
 
+// readFiles validates the files of a job.
+func (j *Jobs) readFiles(ctx context.Context, row store.Job) *JobError {
+	problem := j.readFile(ctx, "training", row.TrainingFile, row.Method)
+	if problem == nil && row.ValidationFile != "" {
+		problem = j.readFile(ctx, "validation", row.ValidationFile, row.Method)
+	}
+	return problem
+}
+
 // readFile validates one file of a job; kind is training or validation.
-func (j *Jobs) readFile(ctx context.Context, kind, id string) *JobError {
+func (j *Jobs) readFile(ctx context.Context, kind, id, method string) *JobError {
 	param := kind + "_file"
 	problem := func(format string, args ...any) *JobError {
 		return &JobError{Code: "invalid_" + param, Param: param, Message: fmt.Sprintf(format, args...)}
@@ -76,7 +82,7 @@ func (j *Jobs) readFile(ctx context.Context, kind, id string) *JobError {
 		return problem("%s file %s cannot be read: %v", kind, id, err)
 	}
 	defer content.Close()
-	_, err = validateDataset(ctx, content)
+	_, err = validateDataset(ctx, content, method)
 	var lines *datasetError
 	switch {
 	case err == nil:

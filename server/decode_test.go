@@ -128,6 +128,7 @@ func TestErrorTable(t *testing.T) {
 		{adapters.ErrNotFound, 404, wire.ErrorTypeInvalidRequest, "model_not_found", "", "no such adapter"},
 		{&adapters.BaseMismatchError{Adapter: "ft:a", BaseModel: "a"}, 409, wire.ErrorTypeInvalidRequest, "base_model_changed", "", "was trained on a"},
 		{store.ErrNotFound, 404, wire.ErrorTypeInvalidRequest, "not_found", "", "not found"},
+		{&store.AdapterInUseError{Adapter: "ft:a", JobID: "ftjob-1"}, 409, wire.ErrorTypeInvalidRequest, "model_in_use", "", "ftjob-1"},
 		{&store.FileInUseError{FileID: "file-1", JobID: "ftjob-1"}, 409, wire.ErrorTypeInvalidRequest, "file_in_use", "", "ftjob-1"},
 		{child.ErrStopping, 503, wire.ErrorTypeServer, "shutting_down", "", "stopping"},
 		{child.ErrEnded, 500, wire.ErrorTypeServer, "runner_ended", "", "the next request starts it again"},

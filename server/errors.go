@@ -43,6 +43,7 @@ var errorKinds = []struct {
 	{is(store.ErrNotFound), http.StatusNotFound, "not_found", ""},
 	{as[*adapters.BaseMismatchError], http.StatusConflict, "base_model_changed", ""},
 	{as[*store.FileInUseError], http.StatusConflict, "file_in_use", ""},
+	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", ""},
 	{as[*finetune.ConflictError], http.StatusConflict, "conflict", ""},
 	{as[*child.ExitError], http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why"},
 	{is(child.ErrEnded), http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why"},

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 
@@ -14,7 +15,8 @@ import (
 
 // Jobs are the fine-tuning jobs; finetune.Jobs implements it. An unknown id is finetune.ErrNotFound.
 type Jobs interface {
-	Create(ctx context.Context, spec finetune.Spec) (*finetune.Job, error) // *finetune.InvalidError
+	Create(ctx context.Context, spec finetune.Spec) (*finetune.Job, error)    // *finetune.InvalidError
+	DryRun(ctx context.Context, spec finetune.Spec) (*finetune.DryRun, error) // *finetune.InvalidError, *finetune.JobError
 	Get(ctx context.Context, id string) (*finetune.Job, error)
 	List(ctx context.Context, after string, limit int) (jobs []finetune.Job, more bool, err error)
 	Cancel(ctx context.Context, id string) (*finetune.Job, error) // *finetune.ConflictError
@@ -26,24 +28,58 @@ type Jobs interface {
 const organization = "org-local"
 
 func (s *Server) createJob(c *gin.Context) error {
-	var req wire.FineTuningJobRequest
-	if err := decode(c, &req, refuseMisplaced); err != nil {
-		return err
-	}
-	spec, err := jobSpec(&req)
+	spec, err := decodeSpec(c)
 	if err != nil {
 		return err
 	}
 	job, err := s.jobs.Create(c.Request.Context(), spec)
 	if err != nil {
-		return fmt.Errorf("create job for %q: %w", req.Model, err)
+		return fmt.Errorf("create job for %q: %w", spec.Model, err)
 	}
 	return encodeJob(c, job)
 }
 
+// dryRun answers what the job of the same request would do, without making one.
+func (s *Server) dryRun(c *gin.Context) error {
+	spec, err := decodeSpec(c)
+	if err != nil {
+		return err
+	}
+	result, err := s.jobs.DryRun(c.Request.Context(), spec)
+	if failed := new(finetune.JobError); errors.As(err, &failed) {
+		refused := invalid(failed.Param, "%s", failed.Message)
+		refused.Code = &failed.Code
+		return refused
+	}
+	if err != nil {
+		return fmt.Errorf("dry run of a job for %q: %w", spec.Model, err)
+	}
+	shown := wire.FineTuningDryRun{
+		Object: "fine_tuning.job.dry_run", Model: result.Model, StartAdapter: result.StartAdapter, Method: wire.FineTuningMethod{Type: result.MethodType},
+		TrainingFile: result.TrainingFile, ValidationFile: unlessZero(result.ValidationFile),
+		TrainRows: result.TrainRows, ValidRows: result.ValidRows, TrainTokens: result.TrainTokens, ValidTokens: result.ValidTokens,
+		SharedTokens: result.SharedTokens, TruncatedRows: result.TruncatedRows, DroppedRows: result.DroppedRows, Notes: append([]string{}, result.Notes...),
+	}
+	if shown.Options, err = json.Marshal(result.Options); err != nil {
+		return fmt.Errorf("encode options: %w", err)
+	}
+	if shown.Plan, err = json.Marshal(result.Plan); err != nil {
+		return fmt.Errorf("encode plan: %w", err)
+	}
+	return encode(c, http.StatusOK, shown)
+}
+
+func decodeSpec(c *gin.Context) (finetune.Spec, error) {
+	var req wire.FineTuningJobRequest
+	if err := decode(c, &req, refuseMisplaced); err != nil {
+		return finetune.Spec{}, err
+	}
+	return jobSpec(&req)
+}
+
 // jobSpec translates a request. Ranges, and what is given twice, are the jobs' to check.
 func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
-	spec := finetune.Spec{Model: req.Model, TrainingFile: req.TrainingFile, Seed: req.Seed, Metadata: req.Metadata, MethodType: "supervised"}
+	spec := finetune.Spec{Model: req.Model, TrainingFile: req.TrainingFile, Seed: req.Seed, Metadata: req.Metadata, MethodType: finetune.Supervised}
 	if len(req.Integrations) > 0 && !isNull(req.Integrations) && string(req.Integrations) != "[]" {
 		return spec, invalid("integrations", "integrations are not available; leave them out. The losses are in the job's events")
 	}
@@ -52,6 +88,12 @@ func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
 	}
 	if req.Suffix != nil {
 		spec.Suffix = *req.Suffix
+	}
+	if req.Method != nil {
+		if req.Method.Type == "" {
+			return spec, invalid("method.type", "method.type is missing; expected supervised or dpo")
+		}
+		spec.MethodType = req.Method.Type
 	}
 	given, err := hyperparameters(req)
 	if err != nil {
@@ -66,13 +108,16 @@ func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
 	if given.LearningRateMultiplier != nil {
 		spec.Requested.LearningRateMultiplier = given.LearningRateMultiplier.Value
 	}
+	if given.Beta != nil {
+		spec.Requested.Beta = given.Beta.Value
+	}
 	if len(req.Hone) > 0 && !isNull(req.Hone) {
-		spec.Options, err = trainOptions(req.Hone)
+		spec.Options, err = finetune.DecodeOptions(req.Hone)
 	}
 	return spec, err
 }
 
-// hyperparameters finds OpenAI's three in the method or in their deprecated place.
+// hyperparameters finds OpenAI's in the method or in their deprecated place.
 func hyperparameters(req *wire.FineTuningJobRequest) (wire.Hyperparameters, error) {
 	var old wire.Hyperparameters
 	if req.Hyperparameters != nil {
@@ -81,16 +126,30 @@ func hyperparameters(req *wire.FineTuningJobRequest) (wire.Hyperparameters, erro
 	if req.Method == nil {
 		return old, nil
 	}
-	if req.Method.Type != "supervised" {
-		return old, invalid("method.type", "method.type is %q, expected supervised: dpo and reinforcement are not available", req.Method.Type)
+	var given *wire.Hyperparameters
+	for _, m := range []struct {
+		kind  string
+		there bool
+		given func() *wire.Hyperparameters
+	}{
+		{finetune.Supervised, req.Method.Supervised != nil, func() *wire.Hyperparameters { return req.Method.Supervised.Hyperparameters }},
+		{finetune.DPO, req.Method.DPO != nil, func() *wire.Hyperparameters { return req.Method.DPO.Hyperparameters }},
+	} {
+		switch {
+		case !m.there:
+		case req.Method.Type == m.kind:
+			given = m.given()
+		case req.Method.Type == finetune.Supervised || req.Method.Type == finetune.DPO: // another is refused as such
+			return old, invalid("method."+m.kind, "method.%s is given, and method.type is %s; leave out one of them", m.kind, req.Method.Type)
+		}
 	}
-	if req.Method.Supervised == nil || req.Method.Supervised.Hyperparameters == nil {
+	if given == nil {
 		return old, nil
 	}
 	if old != (wire.Hyperparameters{}) {
-		return old, invalid("hyperparameters", "hyperparameters are given twice; leave them out in favour of method.supervised.hyperparameters")
+		return old, invalid("hyperparameters", "hyperparameters are given twice; leave them out in favour of method.%s.hyperparameters", req.Method.Type)
 	}
-	return *req.Method.Supervised.Hyperparameters, nil
+	return *given, nil
 }
 
 func (s *Server) listJobs(c *gin.Context) error {
@@ -177,18 +236,26 @@ func encodeJob(c *gin.Context, job *finetune.Job) error {
 }
 
 func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
-	h := wire.Hyperparameters{
+	h := &wire.Hyperparameters{
 		NEpochs:                &wire.Auto[int]{Value: job.Hyperparameters.NEpochs},
 		BatchSize:              &wire.Auto[int]{Value: job.Hyperparameters.BatchSize},
 		LearningRateMultiplier: &wire.Auto[float64]{Value: job.Hyperparameters.LearningRateMultiplier},
 	}
+	method := &wire.FineTuningMethod{Type: job.MethodType}
+	switch job.MethodType {
+	case finetune.DPO:
+		h.Beta = &wire.Auto[float64]{Value: job.Hyperparameters.Beta}
+		method.DPO = &wire.DPOMethod{Hyperparameters: h}
+	default:
+		method.Supervised = &wire.SupervisedMethod{Hyperparameters: h}
+	}
 	shown := wire.FineTuningJob{
 		ID: job.ID, Object: "fine_tuning.job", CreatedAt: job.CreatedAt, FinishedAt: unlessZero(job.FinishedAt), Model: job.Model,
 		FineTunedModel: unlessZero(job.FineTunedModel), OrganizationID: organization, Status: string(job.Status),
-		Hyperparameters: h, Method: &wire.FineTuningMethod{Type: "supervised", Supervised: &wire.SupervisedMethod{Hyperparameters: &h}},
+		Hyperparameters: *h, Method: method,
 		TrainingFile: job.TrainingFile, ValidationFile: unlessZero(job.ValidationFile), ResultFiles: job.ResultFiles,
 		Seed: job.Seed, EstimatedFinish: unlessZero(job.EstimatedFinish), Metadata: job.Metadata, UserSuffix: unlessZero(job.Suffix),
-		Hone: &wire.FineTuningDetails{Attempt: job.Attempt},
+		Hone: &wire.FineTuningDetails{Attempt: job.Attempt, StartAdapter: job.StartAdapter},
 	}
 	if shown.ResultFiles == nil {
 		shown.ResultFiles = []string{}
@@ -213,6 +280,7 @@ func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
 		shown.Hone.Progress = &wire.FineTuningProgress{
 			Step: p.Step, TotalSteps: p.TotalSteps, StepFraction: p.Fraction, TokensPerSecond: p.TokensPerSecond, SecondsLeft: p.SecondsLeft,
 			TrainLoss: p.TrainLoss, ValidLoss: p.ValidLoss, ValidAccuracy: p.ValidAccuracy,
+			ValidChoiceAccuracy: p.ValidChoiceAccuracy,
 		}
 	}
 	return shown, nil

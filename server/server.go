@@ -101,6 +101,7 @@ func (s *Server) route() {
 	v1.GET("/files/:id/content", s.handle(s.fileContent))
 	v1.DELETE("/files/:id", s.handle(s.deleteFile))
 	v1.POST("/fine_tuning/jobs", s.handle(s.createJob))
+	v1.POST("/fine_tuning/jobs/dry_run", s.handle(s.dryRun))
 	v1.GET("/fine_tuning/jobs", s.handle(s.listJobs))
 	v1.GET("/fine_tuning/jobs/:id", s.handle(s.getJob))
 	v1.POST("/fine_tuning/jobs/:id/cancel", s.handle(s.cancelJob))

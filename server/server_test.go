@@ -145,7 +145,7 @@ func newRig(t *testing.T) *rig {
 	t.Cleanup(func() { registry.Close() })
 	models := bases{{Base: child.Base{Name: "smol", Dir: "/models/smol", Digest: smolDigest}, Architecture: "llama", ContextTokens: 2048, CreatedAt: 5}}
 	// The jobs are not started: those that are created stay in their first state.
-	jobs := finetune.New(finetune.Options{Store: st, Models: models, Adapters: registry, Dir: filepath.Join(dir, "jobs")})
+	jobs := finetune.New(finetune.Options{Store: st, Models: models, Adapters: registry, Dir: filepath.Join(dir, "jobs"), Start: startPlanner})
 	r := &rig{echo: &echo{cancelled: make(chan struct{})}, store: st, registry: registry, jobs: jobs, dir: dir}
 	s := New(Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Now: func() time.Time { return time.Unix(1700000000, 0) }})
 	r.Server = httptest.NewServer(s.Handler())

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 )
 
@@ -50,7 +51,15 @@ func (s *Store) Adapters(ctx context.Context) ([]Adapter, error) {
 	return list, nil
 }
 
-// HideAdapter marks an adapter as deleted: after it, no restart brings the adapter back. It returns ErrNotFound.
+// AdapterInUseError says that an adapter cannot be deleted because an unfinished job goes on from it.
+type AdapterInUseError struct{ Adapter, JobID string }
+
+func (e *AdapterInUseError) Error() string {
+	return fmt.Sprintf("fine-tuning job %s goes on from %s; cancel the job first", e.JobID, e.Adapter)
+}
+
+// HideAdapter marks an adapter as deleted: after it, no restart brings the adapter back. It returns ErrNotFound, and
+// *AdapterInUseError while an unfinished job goes on from the adapter.
 func (s *Store) HideAdapter(ctx context.Context, id string) error {
 	return s.onAdapter(ctx, id, `UPDATE adapters SET deleted = 1 WHERE id = ?`)
 }
@@ -62,6 +71,15 @@ func (s *Store) RemoveAdapter(ctx context.Context, id string) error {
 
 func (s *Store) onAdapter(ctx context.Context, id, statement string) error {
 	err := s.write(ctx, func(tx *sql.Tx) error {
+		var inUse AdapterInUseError
+		err := tx.QueryRowContext(ctx, `SELECT adapters.name, jobs.id FROM adapters JOIN jobs ON jobs.start_adapter = adapters.name
+			WHERE adapters.id = ? AND jobs.status NOT IN ('succeeded', 'failed', 'cancelled') LIMIT 1`, id).Scan(&inUse.Adapter, &inUse.JobID)
+		if err == nil {
+			return &inUse
+		}
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
 		result, err := tx.ExecContext(ctx, statement, id)
 		if err != nil {
 			return err

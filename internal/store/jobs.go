@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Job is a fine-tuning job's row. What its JSON columns hold is for package finetune to say.
@@ -44,6 +45,10 @@ type Job struct {
 	ValidStep      int // the last step with an evaluation event
 	ValidLoss      *float64
 	ValidAccuracy  *float64
+	StartAdapter   string // name of the adapter that training goes on from, or ""
+	CheckpointStep int    // of the newest checkpoint that was taken up
+
+	ValidChoiceAccuracy *float64
 }
 
 // Event is one row of a job's log. UpdateJob and CreateJob fill ID, JobID and CreatedAt.
@@ -82,7 +87,10 @@ type Result struct {
 const jobColumns = `id, created_at, finished_at, status, attempt, failures, saved_step, model, base_digest,
 	training_file, validation_file, suffix, seed, method, adapter_id, adapter_name, requested, options, metadata, plan,
 	result_files, fine_tuned_model, error_code, error_message, error_param, step, total_steps, trained_tokens,
-	train_loss, train_accuracy, valid_step, valid_loss, valid_accuracy`
+	train_loss, train_accuracy, valid_step, valid_loss, valid_accuracy, start_adapter, checkpoint_step, valid_choice_accuracy`
+
+// jobValues are the placeholders of jobColumns.
+var jobValues = "?" + strings.Repeat(", ?", strings.Count(jobColumns, ","))
 
 func scanJob(row interface{ Scan(...any) error }) (Job, error) {
 	var j Job
@@ -90,7 +98,7 @@ func scanJob(row interface{ Scan(...any) error }) (Job, error) {
 	err := row.Scan(&j.ID, &j.CreatedAt, &j.FinishedAt, &j.Status, &j.Attempt, &j.Failures, &j.SavedStep, &j.Model, &j.BaseDigest,
 		&j.TrainingFile, &j.ValidationFile, &j.Suffix, &j.Seed, &j.Method, &j.AdapterID, &j.AdapterName, &requested, &options, &metadata, &plan,
 		&results, &j.FineTunedModel, &j.ErrorCode, &j.ErrorMessage, &j.ErrorParam, &j.Step, &j.TotalSteps, &j.TrainedTokens,
-		&j.TrainLoss, &j.TrainAccuracy, &j.ValidStep, &j.ValidLoss, &j.ValidAccuracy)
+		&j.TrainLoss, &j.TrainAccuracy, &j.ValidStep, &j.ValidLoss, &j.ValidAccuracy, &j.StartAdapter, &j.CheckpointStep, &j.ValidChoiceAccuracy)
 	if err != nil {
 		return Job{}, err
 	}
@@ -126,11 +134,11 @@ func (j *Job) values() ([]any, error) {
 	return []any{j.ID, j.CreatedAt, j.FinishedAt, j.Status, j.Attempt, j.Failures, j.SavedStep, j.Model, j.BaseDigest,
 		j.TrainingFile, j.ValidationFile, j.Suffix, j.Seed, j.Method, j.AdapterID, j.AdapterName, string(j.Requested), string(j.Options), string(metadata), string(j.Plan),
 		string(results), j.FineTunedModel, j.ErrorCode, j.ErrorMessage, j.ErrorParam, j.Step, j.TotalSteps, j.TrainedTokens,
-		j.TrainLoss, j.TrainAccuracy, j.ValidStep, j.ValidLoss, j.ValidAccuracy}, nil
+		j.TrainLoss, j.TrainAccuracy, j.ValidStep, j.ValidLoss, j.ValidAccuracy, j.StartAdapter, j.CheckpointStep, j.ValidChoiceAccuracy}, nil
 }
 
-// CreateJob adds the job with its first events. Its files must exist, so that a file cannot be deleted between the
-// caller's look and this write; otherwise it returns ErrNotFound.
+// CreateJob adds the job with its first events. Its files and the adapter that it starts from must exist, so that they
+// cannot be deleted between the caller's look and this write; otherwise it returns ErrNotFound.
 func (s *Store) CreateJob(ctx context.Context, job Job, events ...Event) error {
 	values, err := job.values()
 	if err != nil {
@@ -149,8 +157,16 @@ func (s *Store) CreateJob(ctx context.Context, job Job, events ...Event) error {
 				return fmt.Errorf("file %q: %w", id, ErrNotFound)
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO jobs (`+jobColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
-			?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, values...)
+		if job.StartAdapter != "" {
+			var n int
+			if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM adapters WHERE name = ? AND deleted = 0`, job.StartAdapter).Scan(&n); err != nil {
+				return err
+			}
+			if n == 0 {
+				return fmt.Errorf("adapter %q: %w", job.StartAdapter, ErrNotFound)
+			}
+		}
+		_, err := tx.ExecContext(ctx, `INSERT INTO jobs (`+jobColumns+`) VALUES (`+jobValues+`)`, values...)
 		if err != nil {
 			return err
 		}
@@ -277,8 +293,7 @@ func (s *Store) putJob(ctx context.Context, tx *sql.Tx, job *Job, events []Event
 	if err != nil {
 		return err
 	}
-	_, err = tx.ExecContext(ctx, `UPDATE jobs SET (`+jobColumns+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
-		?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id = ?`, append(values, job.ID)...)
+	_, err = tx.ExecContext(ctx, `UPDATE jobs SET (`+jobColumns+`) = (`+jobValues+`) WHERE id = ?`, append(values, job.ID)...)
 	if err != nil {
 		return err
 	}
@@ -345,6 +360,20 @@ func (s *Store) MetricsEvents(ctx context.Context, jobID string) ([]Event, error
 	events, err := collect(rows, scanEvent)
 	if err != nil {
 		return nil, fmt.Errorf("metrics of job %q: %w", jobID, err)
+	}
+	return events, nil
+}
+
+// MetricsAt returns the metrics events of one step of a job, oldest first.
+func (s *Store) MetricsAt(ctx context.Context, jobID string, step int) ([]Event, error) {
+	rows, err := s.reader.QueryContext(ctx, `SELECT `+eventColumns+` FROM job_events
+		WHERE job_id = ? AND type = 'metrics' AND data ->> 'step' = ? ORDER BY seq`, jobID, step)
+	if err != nil {
+		return nil, fmt.Errorf("metrics of job %q at step %d: %w", jobID, step, err)
+	}
+	events, err := collect(rows, scanEvent)
+	if err != nil {
+		return nil, fmt.Errorf("metrics of job %q at step %d: %w", jobID, step, err)
 	}
 	return events, nil
 }

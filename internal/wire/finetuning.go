@@ -16,14 +16,15 @@ type FineTuningJobRequest struct {
 	Method          *FineTuningMethod `json:"method,omitempty"`
 	Integrations    json.RawMessage   `json:"integrations,omitempty"`
 	Metadata        map[string]string `json:"metadata,omitempty"`
-	// Hone holds LoRA and trainer options under PEFT's and HF Trainer's names, decoded strictly by the server.
+	// Hone holds options of LoRA, the trainer and DPO under PEFT's, HF Trainer's and TRL's names, decoded strictly by the server.
 	Hone json.RawMessage `json:"hone,omitempty"`
 }
 
-// FineTuningMethod selects how to tune; hone implements supervised.
+// FineTuningMethod selects how to tune: supervised or dpo.
 type FineTuningMethod struct {
 	Type       string            `json:"type"`
 	Supervised *SupervisedMethod `json:"supervised,omitempty"`
+	DPO        *DPOMethod        `json:"dpo,omitempty"`
 }
 
 // SupervisedMethod holds the hyper-parameters of supervised tuning.
@@ -31,11 +32,17 @@ type SupervisedMethod struct {
 	Hyperparameters *Hyperparameters `json:"hyperparameters,omitempty"`
 }
 
-// Hyperparameters are OpenAI's three; nil is absent, which means the same as "auto".
+// DPOMethod holds the hyper-parameters of direct preference optimisation.
+type DPOMethod struct {
+	Hyperparameters *Hyperparameters `json:"hyperparameters,omitempty"`
+}
+
+// Hyperparameters are OpenAI's three, and DPO's beta; nil is absent, which means the same as "auto".
 type Hyperparameters struct {
 	BatchSize              *Auto[int]     `json:"batch_size,omitempty"`
 	LearningRateMultiplier *Auto[float64] `json:"learning_rate_multiplier,omitempty"`
 	NEpochs                *Auto[int]     `json:"n_epochs,omitempty"`
+	Beta                   *Auto[float64] `json:"beta,omitempty"` // of dpo only
 }
 
 // Auto is a number or the word "auto", which is a nil Value.
@@ -106,6 +113,8 @@ type FineTuningJobError struct {
 // FineTuningDetails is what OpenAI's job object has no fields for.
 type FineTuningDetails struct {
 	Attempt int `json:"attempt,omitempty"` // counts the times that the job was started
+	// StartAdapter is the tuned model that training goes on from; the job's model is its base.
+	StartAdapter string `json:"start_adapter,omitempty"`
 	// Options are the `hone` object as requested, Plan every option as decided, once the trainer has decided.
 	Options  json.RawMessage     `json:"options,omitempty"`
 	Plan     json.RawMessage     `json:"plan,omitempty"`
@@ -122,6 +131,29 @@ type FineTuningProgress struct {
 	TrainLoss       *float64 `json:"train_loss"`
 	ValidLoss       *float64 `json:"full_valid_loss"`
 	ValidAccuracy   *float64 `json:"full_valid_mean_token_accuracy"`
+	// ValidChoiceAccuracy is the share of validation questions that `hone predict` would answer right.
+	ValidChoiceAccuracy *float64 `json:"valid_choice_accuracy,omitempty"`
+}
+
+// FineTuningDryRun answers POST /v1/fine_tuning/jobs/dry_run: what the job of the same request would do. Tokens are those of
+// one epoch.
+type FineTuningDryRun struct {
+	Object         string           `json:"object"` // fine_tuning.job.dry_run
+	Model          string           `json:"model"`  // the base model
+	StartAdapter   string           `json:"start_adapter,omitempty"`
+	Method         FineTuningMethod `json:"method"`
+	TrainingFile   string           `json:"training_file"`
+	ValidationFile *string          `json:"validation_file"`
+	TrainRows      int              `json:"train_rows"` // that are left to train on
+	ValidRows      int              `json:"valid_rows"`
+	TrainTokens    int              `json:"train_tokens"`
+	ValidTokens    int              `json:"valid_tokens"`
+	SharedTokens   int              `json:"shared_tokens"` // of train_tokens, that are computed once for several rows
+	TruncatedRows  int              `json:"truncated_rows"`
+	DroppedRows    int              `json:"dropped_rows"`
+	Options        json.RawMessage  `json:"options"` // as requested; what is not there was "auto"
+	Plan           json.RawMessage  `json:"plan"`    // every option as decided, and the memory that the job takes
+	Notes          []string         `json:"notes"`
 }
 
 // FineTuningJobEvent is one line of a job's log, newest first in lists. go-openai shows its users only the message,
