@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/go-viper/mapstructure/v2"
 	"github.com/spf13/viper"
 )
@@ -42,7 +43,34 @@ type Config struct {
 	Threads       int           `mapstructure:"threads"`
 	LoadTimeout   time.Duration `mapstructure:"load_timeout"`
 	ShutdownGrace time.Duration `mapstructure:"shutdown_grace"`
+	Trainer       Trainer       `mapstructure:"trainer"`
 	Log           Log           `mapstructure:"log"`
+}
+
+// Trainer says what fine-tuning jobs compute on.
+type Trainer struct {
+	Device string `mapstructure:"device"`
+	Memory string `mapstructure:"memory"`
+}
+
+// MemoryBytes is Memory as a number; 0 is what is free.
+func (t Trainer) MemoryBytes() int64 {
+	n, err := t.memoryBytes()
+	if err != nil {
+		return 0 // Validate has refused it
+	}
+	return n
+}
+
+func (t Trainer) memoryBytes() (int64, error) {
+	if t.Memory == "" {
+		return 0, nil
+	}
+	n, err := humanize.ParseBytes(t.Memory)
+	if err != nil || n > 1<<50 {
+		return 0, fmt.Errorf("%q is no size", t.Memory)
+	}
+	return int64(n), nil
 }
 
 // Log says what is logged and how.
@@ -228,6 +256,12 @@ func (c *Config) Validate() error {
 	}
 	if c.ShutdownGrace < 0 {
 		bad("shutdown_grace", c.ShutdownGrace, "a duration such as 10s")
+	}
+	if devices := []string{"auto", "cpu", "cuda"}; !slices.Contains(devices, c.Trainer.Device) {
+		bad("trainer.device", fmt.Sprintf("%q", c.Trainer.Device), "one of "+strings.Join(devices, ", "))
+	}
+	if _, err := c.Trainer.memoryBytes(); err != nil {
+		bad("trainer.memory", fmt.Sprintf("%q", c.Trainer.Memory), "0 (what is free) or a size such as 12GiB")
 	}
 	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
 		bad("log.level", fmt.Sprintf("%q", c.Log.Level), "one of "+strings.Join(levels, ", "))

@@ -19,7 +19,7 @@ func TestDefaultHasEveryKey(t *testing.T) {
 	}
 	want := Config{
 		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, DefaultModel: "SmolLM2-135M-Instruct",
-		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Log: Log{Level: "info", Format: "text"},
+		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "info", Format: "text"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -60,7 +60,7 @@ func TestLoadOrder(t *testing.T) {
 	}
 	want := Config{
 		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, DefaultModel: "SmolLM2-135M-Instruct",
-		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Log: Log{Level: "debug", Format: "json"},
+		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "debug", Format: "json"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -70,12 +70,12 @@ func TestLoadOrder(t *testing.T) {
 func TestLoadReportsEverythingAtOnce(t *testing.T) {
 	t.Setenv("HONE_HOME", t.TempDir())
 	path := filepath.Join(t.TempDir(), "own.yaml")
-	write(t, path, "prot: 1\nport: 70000\nhost: 0.0.0.0\nlog:\n  level: loud\n  colour: yes\nthreads: -1\n")
+	write(t, path, "prot: 1\nport: 70000\nhost: 0.0.0.0\nlog:\n  level: loud\n  colour: yes\nthreads: -1\ntrainer:\n  device: tpu\n  memory: much\n")
 	_, err := Load(Sources{File: path})
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1"} {
+	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1", `trainer.device: "tpu"`, `trainer.memory: "much"`} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in the error:\n%v", want, err)
 		}
@@ -105,6 +105,14 @@ func TestLoadFiles(t *testing.T) {
 	}
 	if _, err := Load(Sources{}); err != nil {
 		t.Errorf("no file at all: %v", err)
+	}
+}
+
+func TestTrainerMemory(t *testing.T) {
+	for text, want := range map[string]int64{"": 0, "0": 0, "12GiB": 12 << 30, "1500000": 1_500_000, "16 GB": 16e9} {
+		if got := (Trainer{Memory: text}).MemoryBytes(); got != want {
+			t.Errorf("%q is %d bytes, want %d", text, got, want)
+		}
 	}
 }
 

@@ -349,6 +349,11 @@ func (j *Jobs) config(ctx context.Context, row store.Job) (child.TrainerConfig, 
 			return config, err
 		}
 	}
+	if config.CacheDir != "" {
+		if err := os.MkdirAll(config.CacheDir, 0o700); err != nil {
+			return config, err
+		}
+	}
 	return config, os.MkdirAll(config.Dir, 0o700)
 }
 

@@ -38,6 +38,9 @@ type Options struct {
 	Exe string
 	Env []string
 
+	// IdleJobs lets fine-tuning jobs wait for the next server; dry runs work all the same.
+	IdleJobs bool
+
 	Note     func(line string)       // is told what happens while the default model is fetched, for people
 	Progress func(done, total int64) // of fetching the default model, bytes
 }
@@ -113,10 +116,13 @@ func (a *App) Start(ctx context.Context) (err error) {
 	})
 	a.jobs = finetune.New(finetune.Options{
 		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),
-		Logger: a.opts.Logger, Threads: a.cfg.Threads,
+		Logger: a.opts.Logger, Threads: a.cfg.Threads, Device: a.cfg.Trainer.Device, MemoryBytes: a.cfg.Trainer.MemoryBytes(),
+		CacheDir: filepath.Join(a.cfg.DataDir, "cache", "tokenized"),
 	})
-	if err := a.jobs.Start(ctx); err != nil {
-		return err
+	if !a.opts.IdleJobs {
+		if err := a.jobs.Start(ctx); err != nil {
+			return err
+		}
 	}
 	api := server.New(server.Options{
 		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Logger: a.opts.Logger,
