@@ -162,5 +162,6 @@ void ggml_backend_tensor_get(const struct ggml_tensor *tensor, void *data, size_
 bool ggml_backend_supports_op(struct ggml_backend *backend, const struct ggml_tensor *op);
 int ggml_backend_graph_compute(struct ggml_backend *backend, struct ggml_cgraph *cgraph);
 int ggml_cpu_has_avx512_bf16(void);
+int ggml_cpu_has_avx512_vnni(void);
 
 #endif

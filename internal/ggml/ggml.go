@@ -57,6 +57,9 @@ var ErrMemory = errors.New("out of memory")
 // HasBF16 reports whether the CPU multiplies bfloat16 directly (AVX512-BF16).
 func HasBF16() bool { return C.ggml_cpu_has_avx512_bf16() != 0 }
 
+// HasVNNI reports whether the CPU multiplies packed weights with AVX512-VNNI.
+func HasVNNI() bool { return C.ggml_cpu_has_avx512_vnni() != 0 }
+
 // Dequantizable reports whether rows of the type can be expanded to float32.
 func Dequantizable(t Type) bool { return t == F32 || bool(C.has_to_float(C.uint(t))) }
 

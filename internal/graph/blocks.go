@@ -13,9 +13,10 @@ type blocks interface {
 	// them once they have memory.
 	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func())
 
-	// input is x as matmul takes it: computed once, used by every layer that multiplies x.
-	input(s *step, w weight, x ggml.Tensor) ggml.Tensor
-	matmul(s *step, w weight, input ggml.Tensor) ggml.Tensor
+	// input is x as matmul takes it: computed once, used by every weight of the same layout that multiplies x.
+	input(s *step, w weight, x ggml.Tensor) input
+	// matmul is W x, plus residual if that is valid.
+	matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor
 
 	rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor
 	// rmsNormBack is the gradient with respect to x, plus residual if that is valid.
@@ -39,6 +40,12 @@ type blocks interface {
 	// loss writes the losses of targets into their part of s.stats and returns the gradient of the logits [V, n],
 	// which may take their place, or an invalid tensor without backward.
 	loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor
+}
+
+// input is x [in, tokens] in the form that a layout's matmul takes it.
+type input struct {
+	t      ggml.Tensor
+	tokens int
 }
 
 // chunk is the part of the targets that the head takes at once: distinct positions [FromPosition, FromPosition +

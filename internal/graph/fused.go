@@ -10,10 +10,23 @@ type fused struct{}
 
 func (fused) begin(*step, engine.Batch, *ggml.Context) func() { return func() {} }
 
-func (fused) input(_ *step, _ weight, x ggml.Tensor) ggml.Tensor { return x }
+func (fused) input(s *step, w weight, x ggml.Tensor) input {
+	in := input{x, x.Size(1)}
+	if w.kind == Packed {
+		in.t = s.add(s.ctx.Quantize(x))
+	}
+	return in
+}
 
-func (fused) matmul(s *step, w weight, input ggml.Tensor) ggml.Tensor {
-	return s.add(s.ctx.MulMat(w.t, input))
+func (fused) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
+	if w.kind == Packed {
+		return s.add(s.ctx.PackedMatMul(w.t, x.t, residual, w.in, w.out, x.tokens))
+	}
+	y := s.add(s.ctx.MulMat(w.t, x.t))
+	if residual.Valid() {
+		y = s.add(s.ctx.Add(y, residual))
+	}
+	return y
 }
 
 func (fused) rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor {

@@ -214,10 +214,11 @@ func (s *step) b(flat ggml.Tensor, p Part) ggml.Tensor {
 	return s.ctx.View(flat, p.B, p.Out, s.lora.PaddedRank)
 }
 
-// linear is W x + b + scale B A dropout(x); it keeps A dropout(x) in save. input is x as matmul takes it.
-func (s *step) linear(layer int, m Module, x, input ggml.Tensor, save *saved) ggml.Tensor {
+// linear is W x + b + scale B A dropout(x), plus residual if that is valid; it keeps A dropout(x) in save. in is x as
+// matmul takes it.
+func (s *step) linear(layer int, m Module, x ggml.Tensor, in input, residual ggml.Tensor, save *saved) ggml.Tensor {
 	l := &s.layers[layer]
-	y := s.blocks.matmul(s, l.linears[m].w, input)
+	y := s.blocks.matmul(s, l.linears[m].w, in, residual)
 	if l.bias[m].Valid() {
 		y = s.add(s.ctx.Add(y, l.bias[m]))
 	}
@@ -228,8 +229,8 @@ func (s *step) linear(layer int, m Module, x, input ggml.Tensor, save *saved) gg
 	return y
 }
 
-// linearBack adds the gradients of A and B and returns that of x, if wantInput.
-func (s *step) linearBack(layer int, m Module, x, dy ggml.Tensor, save saved, wantInput bool) ggml.Tensor {
+// linearBack adds the gradients of A and B and returns that of x plus residual (if that is valid), if wantInput.
+func (s *step) linearBack(layer int, m Module, x, dy, residual ggml.Tensor, save saved, wantInput bool) ggml.Tensor {
 	p, trained := s.lora.part(layer, m)
 	var du ggml.Tensor
 	if trained {
@@ -241,7 +242,7 @@ func (s *step) linearBack(layer int, m Module, x, dy ggml.Tensor, save saved, wa
 		return ggml.Tensor{}
 	}
 	wt := s.layers[layer].linears[m].wt
-	dx := s.blocks.matmul(s, wt, s.blocks.input(s, wt, dy))
+	dx := s.blocks.matmul(s, wt, s.blocks.input(s, wt, dy), residual)
 	if trained {
 		dx = s.blocks.loraUp(s, dx, du, s.a(s.lora.parameters, p), &p)
 	}
@@ -261,8 +262,8 @@ func (s *step) rotate(x ggml.Tensor, heads int, back bool) ggml.Tensor {
 }
 
 // heads is one of the rotated projections: q or k.
-func (s *step) heads(layer int, m Module, x, input ggml.Tensor, count int, save *saved) ggml.Tensor {
-	y := s.linear(layer, m, x, input, save)
+func (s *step) heads(layer int, m Module, x ggml.Tensor, in input, count int, save *saved) ggml.Tensor {
+	y := s.linear(layer, m, x, in, ggml.Tensor{}, save)
 	if gamma := s.layers[layer].headNorm[m]; gamma.Valid() {
 		save.unnormed[m] = y
 		y = s.blocks.rmsNorm(s, s.ctx.View(y, 0, s.Heads.Size, count*s.tokens), gamma)
@@ -286,18 +287,18 @@ func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
 	l := &s.layers[i]
 	save.x = x
 	normed := s.blocks.rmsNorm(s, x, l.attentionNorm)
-	input := s.blocks.input(s, l.linears[Query].w, normed)
-	save.q = s.heads(i, Query, normed, input, s.Heads.Query, save)
-	save.k = s.heads(i, Key, normed, input, s.Heads.KeyValue, save)
-	save.v = s.linear(i, Value, normed, input, save)
+	in := s.blocks.input(s, l.linears[Query].w, normed)
+	save.q = s.heads(i, Query, normed, in, s.Heads.Query, save)
+	save.k = s.heads(i, Key, normed, in, s.Heads.KeyValue, save)
+	save.v = s.linear(i, Value, normed, in, ggml.Tensor{}, save)
 	save.attended, save.keep = s.blocks.attention(s, save.q, save.k, save.v)
-	save.middle = s.add(s.ctx.Add(x, s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), save)))
+	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), x, save)
 	normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
-	input = s.blocks.input(s, l.linears[Gate].w, normed)
-	save.gate = s.linear(i, Gate, normed, input, save)
-	save.up = s.linear(i, Up, normed, input, save)
+	in = s.blocks.input(s, l.linears[Gate].w, normed)
+	save.gate = s.linear(i, Gate, normed, in, ggml.Tensor{}, save)
+	save.up = s.linear(i, Up, normed, in, ggml.Tensor{}, save)
 	hidden := s.blocks.swiglu(s, save.gate, save.up)
-	return s.add(s.ctx.Add(save.middle, s.linear(i, Down, hidden, s.blocks.input(s, l.linears[Down].w, hidden), save)))
+	return s.linear(i, Down, hidden, s.blocks.input(s, l.linears[Down].w, hidden), save.middle, save)
 }
 
 // backward takes the gradient of a block's output and returns that of its input; layer 0 has none to give.
@@ -308,15 +309,16 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	if s.lora.trains(i, Down) {
 		hidden = s.blocks.swiglu(s, save.gate, save.up)
 	}
-	dhidden := s.linearBack(i, Down, hidden, dy, save, true)
+	dhidden := s.linearBack(i, Down, hidden, dy, ggml.Tensor{}, save, true)
 	dgate, dup := s.blocks.swigluBack(s, save.gate, save.up, dhidden)
 	if s.lora.trains(i, Gate, Up) {
 		normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
 	}
-	dnormed := s.add(s.ctx.Add(s.linearBack(i, Gate, normed, dgate, save, true), s.linearBack(i, Up, normed, dup, save, true)))
+	dnormed := s.linearBack(i, Gate, normed, dgate, ggml.Tensor{}, save, true)
+	dnormed = s.linearBack(i, Up, normed, dup, dnormed, save, true)
 	dmiddle := s.blocks.rmsNormBack(s, save.middle, l.feedForwardNorm, dnormed, dy)
 
-	dattended := s.linearBack(i, Output, save.attended, dmiddle, save, true)
+	dattended := s.linearBack(i, Output, save.attended, dmiddle, ggml.Tensor{}, save, true)
 	dq, dk, dv := s.blocks.attentionBack(s, save.q, save.k, save.v, save.keep, dattended)
 	dq = s.headsBack(i, Query, dq, s.Heads.Query, save)
 	dk = s.headsBack(i, Key, dk, s.Heads.KeyValue, save)
@@ -324,13 +326,12 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 		normed = s.blocks.rmsNorm(s, save.x, l.attentionNorm)
 	}
 	below := i > s.lora.lowest()
-	dxq := s.linearBack(i, Query, normed, dq, save, below)
-	dxk := s.linearBack(i, Key, normed, dk, save, below)
-	dxv := s.linearBack(i, Value, normed, dv, save, below)
+	dnormed = s.linearBack(i, Query, normed, dq, ggml.Tensor{}, save, below)
+	dnormed = s.linearBack(i, Key, normed, dk, dnormed, save, below)
+	dnormed = s.linearBack(i, Value, normed, dv, dnormed, save, below)
 	if !below {
 		return ggml.Tensor{}
 	}
-	dnormed = s.add(s.ctx.Add(s.add(s.ctx.Add(dxq, dxk)), dxv))
 	return s.blocks.rmsNormBack(s, save.x, l.attentionNorm, dnormed, dmiddle)
 }
 
@@ -338,7 +339,7 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 func (s *step) logits(x ggml.Tensor, c chunk) (picked, out ggml.Tensor) {
 	picked = s.blocks.pick(s, x, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
 	normed := s.blocks.rmsNorm(s, picked, s.norm)
-	return picked, s.blocks.matmul(s, s.head.w, s.blocks.input(s, s.head.w, normed))
+	return picked, s.blocks.matmul(s, s.head.w, s.blocks.input(s, s.head.w, normed), ggml.Tensor{})
 }
 
 // losses computes the losses of all targets; logits only where they are needed.
@@ -358,7 +359,7 @@ func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
 	for _, c := range s.targets.chunks {
 		picked, out := s.logits(x, c)
 		dlogits := s.blocks.loss(s, out, c, true)
-		dnormed := s.blocks.matmul(s, s.head.wt, s.blocks.input(s, s.head.wt, dlogits))
+		dnormed := s.blocks.matmul(s, s.head.wt, s.blocks.input(s, s.head.wt, dlogits), ggml.Tensor{})
 		dpicked := s.blocks.rmsNormBack(s, picked, s.norm, dnormed, ggml.Tensor{})
 		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
 	}

@@ -1,0 +1,83 @@
+package graph
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
+)
+
+// Packed is a type of weights beside ggml's own: block floating point (ggml.PackedBytes), for the CPU's custom product.
+const Packed ggml.Type = -1
+
+// Layout says how the dequantised weights are stored: Forward those that the forward pass multiplies, Backward their
+// transposes; each F32, BF16 or Packed.
+type Layout struct{ Forward, Backward ggml.Type }
+
+// ExactLayout is the default: activations and losses are those of the weights as served, and gradients are off by far
+// less than the base model's own rounding.
+func ExactLayout() Layout {
+	switch {
+	case ggml.HasVNNI():
+		return Layout{Packed, Packed}
+	case ggml.HasBF16():
+		return Layout{ggml.F32, ggml.BF16}
+	}
+	return Layout{ggml.F32, ggml.F32}
+}
+
+// SmallLayout takes 4 bytes a weight, and on CPUs without BF16 arithmetic is slow.
+func SmallLayout() Layout { return Layout{ggml.BF16, ggml.BF16} }
+
+var storageNames = map[ggml.Type]string{Packed: "packed"}
+
+func storageName(t ggml.Type) string {
+	if name, ok := storageNames[t]; ok {
+		return name
+	}
+	return gguf.Type(t).String()
+}
+
+// String is the layout as ParseLayout reads it, such as packed/packed: forward, then backward.
+func (l Layout) String() string { return storageName(l.Forward) + "/" + storageName(l.Backward) }
+
+// ParseLayout reads what Layout.String wrote, into a resume state for instance.
+func ParseLayout(text string) (Layout, error) {
+	forward, backward, _ := strings.Cut(text, "/")
+	var l Layout
+	for i, name := range []string{forward, backward} {
+		found := false
+		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, Packed} {
+			if storageName(t) == name {
+				*[]*ggml.Type{&l.Forward, &l.Backward}[i], found = t, true
+			}
+		}
+		if !found {
+			return Layout{}, fmt.Errorf("layout %q: %q is no storage of weights", text, name)
+		}
+	}
+	return l, nil
+}
+
+// storageBytes is the memory of a matrix [out, in] stored as t.
+func storageBytes(t ggml.Type, in, out int) int {
+	switch t {
+	case Packed:
+		return ggml.PackedBytes(in, out)
+	case ggml.BF16:
+		return 2 * in * out
+	}
+	return 4 * in * out
+}
+
+// WeightBytes is the memory that Load will allocate for a model of this shape, in bytes, embedding aside.
+func (s Shape) WeightBytes(l Layout) int {
+	both := func(in, out int) int { return storageBytes(l.Forward, in, out) + storageBytes(l.Backward, out, in) }
+	bytes := both(s.Embedding, s.Vocabulary)
+	for m := range modules {
+		in, out := s.moduleSize(m)
+		bytes += s.Layers * both(in, out)
+	}
+	return bytes
+}
