@@ -1,12 +1,8 @@
 package prompt
 
-import (
-	"context"
-
-	"github.com/hone-llm/hone/internal/wire"
-)
+import "context"
 
 // Render is the rendering without tokenization, with or without the generation prompt.
-func Render(b *Builder, ctx context.Context, messages []wire.Message, generationPrompt bool) (string, error) {
-	return b.render(ctx, messages, generationPrompt)
+func Render(b *Builder, ctx context.Context, chat Chat, generationPrompt bool) (string, error) {
+	return b.render(ctx, chat, generationPrompt)
 }

@@ -5,13 +5,13 @@
 //	builder, err := prompt.Open(modelDir, model.ChatTemplate(), model) // model is a *llama.Model
 //	defer builder.Close()
 //	tokens, err := builder.Prompt(ctx, messages)                       // the runner: up to the model's turn
-//	tokens, weights, err := builder.Row(ctx, messages)                 // the trainer: with the model's turns
+//	rows, err := builder.Rows(ctx, prompt.Chat{Messages: messages})    // the trainer: with the model's turns
 //
 // # Templates
 //
 // A template is a program that came with a downloaded model. It is rendered in the runner's or trainer's process only,
 // by a copy of ardanlabs/jinja (third_party/jinja) with limits on time, steps, memory and output; it cannot read files.
-// It sees what transformers' apply_chat_template gives it: messages, add_generation_prompt, tools (none), bos_token,
+// It sees what transformers' apply_chat_template gives it: messages, add_generation_prompt, tools, bos_token,
 // eos_token, raise_exception and strftime_now, with trim_blocks and lstrip_blocks on.
 //
 // # Special tokens in messages
@@ -31,14 +31,15 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hone-llm/hone/internal/engine"
@@ -79,10 +80,8 @@ const (
 
 // ErrNoTemplate is returned for messages when the model has no chat template.
 var ErrNoTemplate = errors.New("the model has no chat template: " +
-	"put the model's chat_template.jinja into its directory beside base.gguf, or use /v1/completions, which needs none")
-
-// ErrNothingTrained is returned for a training row in which no assistant message has a weight other than 0.
-var ErrNothingTrained = errors.New("no assistant message to train on: a row needs one whose weight is not 0")
+	"put the model's chat_template.jinja into its directory beside base.gguf, or do without: " +
+	`/v1/completions and training rows {"prompt": ..., "completion": ...} need none`)
 
 // MessageError is a conversation that the template or the tokenizer does not take: roles out of order, text that is
 // too long to render, tool arguments that are no JSON object. The request or the training row is at fault, or the
@@ -111,6 +110,8 @@ type Builder struct {
 	renderTime time.Duration
 	// spacePrefix tells that the tokenizer puts a space before a text, as SentencePiece's do: not wanted within a turn.
 	spacePrefix bool
+	tools       func() toolSupport // of the template, probed at the first call
+	identity    func() (string, error)
 }
 
 // Open returns the Builder of a model directory: its chat_template.jinja if there is one, else ggufTemplate (the
@@ -157,6 +158,8 @@ func New(o Options) (*Builder, error) {
 		b.digest = hex.EncodeToString(sum[:])
 		b.globals = globals(o)
 	}
+	b.tools = sync.OnceValue(b.probeTools)
+	b.identity = sync.OnceValues(b.computeDigest)
 	if o.TokenizerJSON != "" {
 		tokenizer, err := openTokenizer(o.TokenizerJSON, o.Vocabulary)
 		if err != nil {
@@ -187,14 +190,29 @@ func (b *Builder) HasTemplate() bool { return b.template != nil }
 // TemplateDigest is the template's sha256 in hex, "" without one. An adapter's manifest records it.
 func (b *Builder) TemplateDigest() string { return b.digest }
 
+// Chat is a conversation and the tools that its assistant may call.
+type Chat struct {
+	Messages []wire.Message
+	Tools    json.RawMessage // OpenAI's array of {"type": "function", "function": {...}}; nil, null and [] mean none
+}
+
+// with returns the conversation with one more message.
+func (c Chat) with(m wire.Message) Chat {
+	return Chat{append(slices.Clip(c.Messages), m), c.Tools}
+}
+
 // Text renders the messages and the generation prompt: the text that the model continues with its turn.
 func (b *Builder) Text(ctx context.Context, messages []wire.Message) (string, error) {
-	return b.render(ctx, messages, true)
+	return b.render(ctx, Chat{Messages: messages}, true)
 }
 
 // Prompt returns the tokens of Text.
 func (b *Builder) Prompt(ctx context.Context, messages []wire.Message) ([]engine.Token, error) {
-	text, err := b.Text(ctx, messages)
+	return b.prompt(ctx, Chat{Messages: messages})
+}
+
+func (b *Builder) prompt(ctx context.Context, chat Chat) ([]engine.Token, error) {
+	text, err := b.render(ctx, chat, true)
 	if err != nil {
 		return nil, err
 	}
@@ -205,11 +223,14 @@ func (b *Builder) Prompt(ctx context.Context, messages []wire.Message) ([]engine
 // template has a <think> block, the prompt goes on to the end of an empty one, exactly as in a training row whose
 // answer has no reasoning; else it is Prompt's.
 func (b *Builder) AnswerPrompt(ctx context.Context, messages []wire.Message) ([]engine.Token, error) {
-	probe := append(slices.Clone(messages), wire.Message{Role: "assistant", Content: "x"})
-	turn, err := b.turn(ctx, probe)
+	return b.answerPrompt(ctx, Chat{Messages: messages})
+}
+
+func (b *Builder) answerPrompt(ctx context.Context, chat Chat) ([]engine.Token, error) {
+	turn, err := b.turn(ctx, chat.with(wire.Message{Role: "assistant", Content: "x"}))
 	if message := new(MessageError); errors.As(err, &message) {
 		// The template takes no answer after these messages, or writes it in its own way: there is no block to close.
-		return b.Prompt(ctx, messages)
+		return b.prompt(ctx, chat)
 	}
 	if err != nil {
 		return nil, err
@@ -282,173 +303,6 @@ func (b *Builder) Continuation(text string) ([]engine.Token, error) {
 		return tokens[len(before):], nil
 	}
 	return b.tokenize(text)
-}
-
-// Row is one training sequence.
-type Row struct {
-	Tokens  []engine.Token
-	Weights []float32 // [len(Tokens)] loss weight of predicting each token from those before it; 0 is not trained
-}
-
-// Row returns a training row: the tokens and, for each, its loss weight. A trained turn is what the model has to say
-// after Prompt of the messages before it: the answer as the template writes it, up to and with the token that ends
-// the turn. The row ends with the last trained turn, and begins with exactly the tokens of Prompt for it.
-//
-// Some conversations take several rows (Rows says when); Row refuses them.
-func (b *Builder) Row(ctx context.Context, messages []wire.Message) ([]engine.Token, []float32, error) {
-	rows, err := b.Rows(ctx, messages)
-	if err != nil {
-		return nil, nil, err
-	}
-	if len(rows) != 1 {
-		return nil, nil, &MessageError{Message: -1, Err: fmt.Errorf("the chat template writes earlier answers differently from how they are asked for, "+
-			"so this conversation takes %d rows: set weight 0 on all assistant messages but one, or make rows of the turns", len(rows))}
-	}
-	return rows[0].Tokens, rows[0].Weights, nil
-}
-
-// Rows returns as few training rows as a conversation takes. That is one where every trained turn stands in the
-// prompt of the next as the model had to say it. A template that drops the reasoning of earlier turns, or an answer
-// that begins with white space that the tokenizer joins to the generation prompt, makes a row of its own for the turn.
-// Rows of one conversation share prefixes; they come in the order of their last turns.
-func (b *Builder) Rows(ctx context.Context, messages []wire.Message) ([]Row, error) {
-	var rows []Row
-	for i := len(messages) - 1; i >= 0; i-- {
-		m := &messages[i]
-		if m.Role != "assistant" || m.Weight != nil && *m.Weight == 0 {
-			continue
-		}
-		weight := float32(1)
-		if m.Weight != nil {
-			weight = float32(*m.Weight)
-		}
-		tokens, start, err := b.turnTokens(ctx, messages[:i+1])
-		if err != nil {
-			return nil, err
-		}
-		in := slices.IndexFunc(rows, func(r Row) bool {
-			return len(r.Tokens) >= len(tokens) && slices.Equal(r.Tokens[:len(tokens)], tokens)
-		})
-		if in < 0 {
-			in = len(rows)
-			rows = append(rows, Row{Tokens: tokens, Weights: make([]float32, len(tokens))})
-		}
-		for t := start; t < len(tokens); t++ {
-			rows[in].Weights[t] = weight
-		}
-	}
-	if len(rows) == 0 {
-		return nil, &MessageError{Message: -1, Err: ErrNothingTrained}
-	}
-	slices.Reverse(rows)
-	return rows, nil
-}
-
-// turnTokens returns the tokens up to the end of the last message's turn, and where that turn starts in them.
-func (b *Builder) turnTokens(ctx context.Context, messages []wire.Message) (tokens []engine.Token, start int, err error) {
-	last := len(messages) - 1
-	turn, err := b.turn(ctx, messages)
-	if err != nil {
-		return nil, 0, err
-	}
-	tokens, err = b.tokenize(turn.prompt)
-	if err != nil {
-		return nil, 0, &MessageError{Message: last, Err: err}
-	}
-	start = len(tokens)
-	for _, text := range []string{turn.think, turn.answer} {
-		part, err := b.Continuation(text)
-		if err != nil {
-			return nil, 0, &MessageError{Message: last, Err: err}
-		}
-		tokens = append(tokens, part...)
-	}
-	end := len(tokens)
-	for end > start && !b.vocabulary.IsEndOfGeneration(tokens[end-1]) {
-		end--
-	}
-	if end == start {
-		return nil, 0, &MessageError{Message: last, Err: fmt.Errorf("the chat template ends the assistant's turn with %q, which is no token that ends generation: "+
-			"a model trained on it would never stop. Give the model directory a chat_template.jinja that writes eos_token there", tail(turn.answer, 40))}
-	}
-	return tokens[:end], start, nil
-}
-
-// turn is how a template writes an assistant's message after the messages before it.
-type turn struct {
-	prompt string // Text of the messages before
-	think  string // an empty <think> block, or its end where prompt opens it; "" if there is none
-	answer string // the rest of the turn, and what the template writes between it and the next
-}
-
-// emptyThink matches the end of an empty <think> block, with its beginning unless the generation prompt has it.
-var emptyThink = regexp.MustCompile(`^(?:<think>)?\n*</think>\n{0,2}`)
-
-// turn renders the last message, an assistant's, as the model has to say it.
-func (b *Builder) turn(ctx context.Context, messages []wire.Message) (turn, error) {
-	last := len(messages) - 1
-	prompt, err := b.render(ctx, messages[:last], true)
-	if err != nil {
-		return turn{}, err
-	}
-	whole, err := b.render(ctx, messages, false)
-	if err != nil {
-		return turn{}, err
-	}
-	if rest, ok := strings.CutPrefix(whole, prompt); ok {
-		think := emptyThink.FindString(rest)
-		return turn{prompt: prompt, think: think, answer: rest[len(think):]}, nil
-	}
-
-	// The generation prompt opens a <think> block that the template does not write into finished turns.
-	if open := strings.LastIndex(prompt, "<think>"); open >= 0 && strings.TrimSpace(prompt[open:]) == "<think>" {
-		if rest, ok := strings.CutPrefix(whole, prompt[:open]); ok {
-			return closeThink(prompt, prompt[open:], rest, messages[last].Content, last)
-		}
-	}
-	return turn{}, &MessageError{Message: last, Err: fmt.Errorf("the chat template writes the assistant's turn differently from its generation prompt: "+
-		"it asks for an answer after %q and writes one as %q", tail(prompt, 60), tail(whole, 60))}
-}
-
-// closeThink makes the turn of an answer after a generation prompt that ends with open, "<think>" and white space;
-// rest is how the template writes the finished turn without a block, content is the message's.
-func closeThink(prompt, open, rest, content string, index int) (turn, error) {
-	newline := ""
-	if !strings.HasSuffix(open, "\n") {
-		newline = "\n"
-	}
-	reasoning, answer, found := cutLast(content, "</think>")
-	if !found {
-		return turn{prompt: prompt, think: newline + "\n</think>\n\n", answer: rest}, nil
-	}
-	// The template has dropped the reasoning; what it wrote after the answer ends the turn.
-	answer = strings.TrimSpace(answer)
-	at := strings.LastIndex(rest, answer)
-	if answer == "" || at < 0 {
-		return turn{}, &MessageError{Message: index, Err: fmt.Errorf("no answer after </think> that the chat template keeps: it writes %q", tail(rest, 60))}
-	}
-	answer = rest[at:]
-	reasoning = strings.TrimPrefix(strings.TrimLeft(reasoning, "\n"), "<think>")
-	reasoning = strings.Trim(reasoning, "\n")
-	if reasoning == "" {
-		return turn{prompt: prompt, think: newline + "\n</think>\n\n", answer: answer}, nil
-	}
-	return turn{prompt: prompt, answer: newline + reasoning + "\n</think>\n\n" + answer}, nil
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
-}
-
-// tail returns the end of s for an error message, at most n bytes and whole characters.
-func tail(s string, n int) string {
-	if len(s) <= n {
-		return s
-	}
-	return "..." + strings.ToValidUTF8(s[len(s)-n:], "")
 }
 
 // readLimited reads a file of at most limit bytes.

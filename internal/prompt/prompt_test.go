@@ -164,7 +164,7 @@ func TestTextIsTransformersText(t *testing.T) {
 	for _, c := range g.Cases {
 		t.Run(fmt.Sprintf("%s/%s/%v", c.Template, c.Conversation, c.GenerationPrompt), func(t *testing.T) {
 			b, _ := model(t, c.Template)
-			text, err := prompt.Render(b, t.Context(), g.Conversations[c.Conversation], c.GenerationPrompt)
+			text, err := prompt.Render(b, t.Context(), prompt.Chat{Messages: g.Conversations[c.Conversation]}, c.GenerationPrompt)
 			if c.Error != "" {
 				var message *prompt.MessageError
 				if !errors.As(err, &message) {
@@ -256,7 +256,7 @@ func TestRows(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			b, v := model(t, test.template)
-			rows, err := b.Rows(t.Context(), test.messages)
+			rows, err := b.Rows(t.Context(), prompt.Chat{Messages: test.messages})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -269,13 +269,6 @@ func TestRows(t *testing.T) {
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
-			}
-			tokens, _, err := b.Row(t.Context(), test.messages)
-			switch {
-			case len(rows) > 1 && err == nil:
-				t.Error("Row made one row of a conversation that takes several")
-			case len(rows) == 1 && (err != nil || !slices.Equal(tokens, rows[0].Tokens)):
-				t.Errorf("Row differs from Rows: %v", err)
 			}
 		})
 	}
@@ -291,7 +284,7 @@ func TestRowIsPromptAndTurn(t *testing.T) {
 			for _, question := range []string{"Q", "问题\n", " trailing "} {
 				b, v := model(t, name)
 				messages := []wire.Message{user(question), weighted("first", 0), user("again"), assistant(content)}
-				rows, err := b.Rows(t.Context(), messages)
+				rows, err := b.Rows(t.Context(), prompt.Chat{Messages: messages})
 				if err != nil {
 					if content == "</think>" { // an answer that is nothing but the end of reasoning
 						continue
@@ -340,7 +333,7 @@ func TestAnswerThatMergesWithTheGenerationPrompt(t *testing.T) {
 	v := byteVocabulary{special: []string{"<|im_start|>", "<|im_end|>"}, pairs: []string{"\n\n"}, eos: "<|im_end|>", ends: []string{"<|im_end|>"}}
 	b := builder(t, prompt.Options{Template: template(t, "smollm2"), Vocabulary: v})
 	messages := []wire.Message{user("Q"), assistant("\nA"), user("R"), assistant("\nB")}
-	rows, err := b.Rows(t.Context(), messages)
+	rows, err := b.Rows(t.Context(), prompt.Chat{Messages: messages})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -366,14 +359,14 @@ func TestSpacePrefixIsNotRepeated(t *testing.T) {
 	t.Parallel()
 	v := byteVocabulary{special: []string{"<s>", "</s>"}, bos: "<s>", eos: "</s>", ends: []string{"</s>"}, addBOS: true, space: true}
 	b := builder(t, prompt.Options{Template: template(t, "mistral"), Vocabulary: v})
-	tokens, weights, err := b.Row(t.Context(), []wire.Message{user("Q"), assistant("A"), user("R"), assistant("B")})
-	if err != nil {
-		t.Fatal(err)
+	rows, err := b.Rows(t.Context(), prompt.Chat{Messages: []wire.Message{user("Q"), assistant("A"), user("R"), assistant("B")}})
+	if err != nil || len(rows) != 1 {
+		t.Fatalf("%d rows, %v", len(rows), err)
 	}
-	if got, want := v.text(tokens), "<s> [INST] Q [/INST]A</s> [INST] R [/INST]B</s>"; got != want {
+	if got, want := v.text(rows[0].Tokens), "<s> [INST] Q [/INST]A</s> [INST] R [/INST]B</s>"; got != want {
 		t.Errorf("row is %q, want %q", got, want)
 	}
-	if got, want := trained(v, prompt.Row{Tokens: tokens, Weights: weights}), []string{"A</s>", "B</s>"}; !slices.Equal(got, want) {
+	if got, want := trained(v, rows[0]), []string{"A</s>", "B</s>"}; !slices.Equal(got, want) {
 		t.Errorf("trained are %q, want %q", got, want)
 	}
 }
@@ -421,7 +414,7 @@ func TestRefusedMessages(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			b, _ := model(t, test.template)
-			_, _, err := b.Row(t.Context(), test.messages)
+			_, err := b.Rows(t.Context(), prompt.Chat{Messages: test.messages})
 			var message *prompt.MessageError
 			if !errors.As(err, &message) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error is %v, want a *MessageError with %q", err, test.want)
@@ -441,7 +434,7 @@ func TestTemplatesThatCannotBeTrained(t *testing.T) {
 			t.Parallel()
 			b := builder(t, prompt.Options{Template: test.template, Vocabulary: v})
 			messages := []wire.Message{user("Q"), assistant("A")}
-			_, _, err := b.Row(t.Context(), messages)
+			_, err := b.Rows(t.Context(), prompt.Chat{Messages: messages})
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error is %v, want %q", err, test.want)
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,12 +42,22 @@ func globals(o Options) map[string]jinja.Value {
 	}
 }
 
-// render runs the template over the messages, within the limits. The error is ErrNoTemplate, a *MessageError or the
+// render runs the template over a conversation, within the limits. The error is ErrNoTemplate, a *MessageError or the
 // context's.
-func (b *Builder) render(ctx context.Context, messages []wire.Message, generationPrompt bool) (string, error) {
+func (b *Builder) render(ctx context.Context, chat Chat, generationPrompt bool) (string, error) {
+	textArguments := false
+	if b.template != nil && slices.ContainsFunc(chat.Messages, func(m wire.Message) bool { return len(m.ToolCalls) > 0 }) {
+		textArguments = b.tools().textArguments
+	}
+	return b.renderAs(ctx, chat, generationPrompt, textArguments)
+}
+
+// renderAs is render with the arguments of tool calls as objects, or as the JSON texts that they come as.
+func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt, textArguments bool) (string, error) {
 	if b.template == nil {
 		return "", ErrNoTemplate
 	}
+	messages := chat.Messages
 	if len(messages) == 0 && generationPrompt {
 		return "", &MessageError{Message: -1, Err: errors.New("no messages before the assistant's turn")}
 	}
@@ -57,8 +68,20 @@ func (b *Builder) render(ctx context.Context, messages []wire.Message, generatio
 	items := make([]jinja.Value, len(messages))
 	for i := range messages {
 		var err error
-		if items[i], err = messageValue(&messages[i]); err != nil {
+		if items[i], err = messageValue(&messages[i], textArguments); err != nil {
 			return "", &MessageError{Message: i, Err: err}
+		}
+	}
+	if chat.Tools != nil {
+		tools, err := jinja.FromJSON(chat.Tools)
+		if err == nil && !tools.IsNone() && !tools.IsList() {
+			err = errors.New("expected an array")
+		}
+		if err != nil {
+			return "", &MessageError{Message: -1, Err: fmt.Errorf("tools: %w", err)}
+		}
+		if tools.IsList() && tools.AsList().Len() > 0 {
+			data["tools"] = tools
 		}
 	}
 	data["messages"] = jinja.NewList(items)
@@ -81,7 +104,7 @@ func (b *Builder) render(ctx context.Context, messages []wire.Message, generatio
 
 // messageValue is a message as transformers' users pass it: keys that are not set are absent, tool arguments are
 // objects, and the content of an assistant's message that only calls tools is none.
-func messageValue(m *wire.Message) (jinja.Value, error) {
+func messageValue(m *wire.Message, textArguments bool) (jinja.Value, error) {
 	v := jinja.NewDict()
 	d := v.AsDict()
 	text := func(s string) jinja.Value { return jinja.NewString(strings.ToValidUTF8(s, "\uFFFD")) }
@@ -107,6 +130,9 @@ func messageValue(m *wire.Message) (jinja.Value, error) {
 				if !arguments.IsDict() {
 					return v, fmt.Errorf("tool_calls[%d].function.arguments must be a JSON object, not %.40q", i, call.Function.Arguments)
 				}
+			}
+			if textArguments {
+				arguments = text(call.Function.Arguments)
 			}
 			function := jinja.NewDict()
 			function.AsDict().Set("name", text(call.Function.Name))

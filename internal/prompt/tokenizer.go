@@ -1,6 +1,7 @@
 package prompt
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,8 @@ const maxTokenizerBytes = 256 << 20
 type hfTokenizer struct {
 	mu sync.RWMutex // held for writing only by Close
 	c  *tokenizers.Tokenizer
+
+	digest [sha256.Size]byte // of the file as it is read
 }
 
 // probe has words, digits, space runs and two scripts: a tokenizer of another model does not spell it back.
@@ -45,7 +48,7 @@ func openTokenizer(path string, v Vocabulary) (*hfTokenizer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tokenizer %s: %w", path, err)
 	}
-	t := &hfTokenizer{c: c}
+	t := &hfTokenizer{c: c, digest: sha256.Sum256(data)}
 	if err := t.belongsTo(v); err != nil {
 		t.Close()
 		return nil, fmt.Errorf("tokenizer %s does not belong to the model: %w", path, err)

@@ -127,14 +127,15 @@ func TestTokenizerJSONIsTheVocabulary(t *testing.T) {
 	t.Logf("%d texts, %d tokens, %d texts differ", len(texts), tokens, differences)
 
 	messages := []wire.Message{{Role: "system", Content: "请回答。"}, user("1234 + 5?\nA. x"), assistant("A"), user("👍 再来"), assistant("北京 42")}
-	a, aw, err := ours.Row(t.Context(), messages)
-	if err != nil {
-		t.Fatal(err)
+	rows := func(b *prompt.Builder) ([]engine.Token, []float32) {
+		rows, err := b.Rows(t.Context(), prompt.Chat{Messages: messages})
+		if err != nil || len(rows) != 1 {
+			t.Fatalf("%d rows, %v", len(rows), err)
+		}
+		return rows[0].Tokens, rows[0].Weights
 	}
-	b, bw, err := theirs.Row(t.Context(), messages)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a, aw := rows(ours)
+	b, bw := rows(theirs)
 	if diff := cmp.Diff(a, b) + cmp.Diff(aw, bw); diff != "" {
 		t.Errorf("row (-llama.cpp +tokenizer.json):\n%s", diff)
 	}

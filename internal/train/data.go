@@ -23,11 +23,12 @@ func (t *trainer) readData(ctx context.Context, model string, maxLength int) err
 	}
 	defer builder.Close()
 	t.template = builder.TemplateDigest()
-	if t.data, err = dataset.Read(ctx, t.config.TrainingFile, builder, maxLength); err != nil {
+	options := dataset.Options{MaxLength: maxLength, CacheDir: t.config.CacheDir}
+	if t.data, err = dataset.Open(ctx, t.config.TrainingFile, builder, options); err != nil {
 		return t.dataFailure(ctx, err, "training_file")
 	}
 	if t.config.ValidationFile != "" {
-		if t.valid, err = dataset.Read(ctx, t.config.ValidationFile, builder, maxLength); err != nil {
+		if t.valid, err = dataset.Open(ctx, t.config.ValidationFile, builder, options); err != nil {
 			return t.dataFailure(ctx, err, "validation_file")
 		}
 	}

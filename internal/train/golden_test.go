@@ -304,21 +304,31 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 	r.initialise(c.BBound)
 	events := new(bytes.Buffer)
 	trainer := &trainer{
-		backend: r.backend, model: r.model, lora: r.lora, moments: newMoments(len(r.lora.Parameters)), data: new(dataset.Dataset),
+		backend: r.backend, model: r.model, lora: r.lora, moments: newMoments(len(r.lora.Parameters)),
 		plan: child.TrainPlan{
 			NumTrainEpochs: 1, BatchSize: len(c.Batches[0]), TotalSteps: len(c.Steps), MaxGradNorm: c.MaxGradNorm,
 			AdamBeta1: c.Betas[0], AdamBeta2: c.Betas[1], AdamEpsilon: c.Eps, WeightDecay: c.WeightDecay,
 		},
 		reporter: reporter{encoder: json.NewEncoder(events)},
 	}
-	for _, row := range r.Rows {
-		trainer.data.Rows = append(trainer.data.Rows, prompt.Row{Tokens: row.Tokens, Weights: row.Weights})
-		trainer.data.Tokens += len(row.Tokens)
+	var examples []dataset.Example
+	for i, row := range r.Rows {
+		c := prompt.Row{Tokens: row.Tokens, Weights: row.Weights}
+		examples = append(examples, dataset.Example{Row: i, Candidates: []prompt.Row{c}, Tokens: len(c.Tokens)})
 	}
+	var err error
+	if trainer.data, err = dataset.New(examples...); err != nil {
+		t.Fatal(err)
+	}
+	defer trainer.data.Close()
 	schedule := Schedule{Kind: c.Scheduler, Peak: c.LR, Minimum: c.MinLRRate * c.LR, Warmup: c.WarmupSteps, Total: len(c.Steps)}
 	worst := 0.0
 	for i, rows := range c.Batches {
-		if err := trainer.optimize(rows, 0, schedule); err != nil {
+		var batch []dataset.Example
+		for _, row := range rows {
+			batch = append(batch, examples[row])
+		}
+		if err := trainer.optimize(batch, 0, schedule); err != nil {
 			t.Fatal(err)
 		}
 		var step child.TrainerEvent

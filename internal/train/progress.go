@@ -36,7 +36,7 @@ func (t *trainer) beginStep(tokens, epoch int) {
 		}
 	}
 	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
-	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize))
+	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(t.data.Rows, t.plan.BatchSize))
 	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
 }
 

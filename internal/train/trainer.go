@@ -132,6 +132,8 @@ func (t *trainer) close() {
 	t.lora.Close()
 	t.model.Close()
 	t.backend.Close()
+	t.data.Close()
+	t.valid.Close()
 }
 
 func (t *trainer) run(ctx context.Context) error {
@@ -191,13 +193,13 @@ func (t *trainer) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	if state != nil && state.Rows != len(t.data.Rows) {
-		return fmt.Errorf("the resume state is of %d training rows, the file has %d", state.Rows, len(t.data.Rows))
+	if state != nil && state.Rows != t.data.Rows {
+		return fmt.Errorf("the resume state is of %d training rows, the file has %d", state.Rows, t.data.Rows)
 	}
 	weights := shape.Parameters() + shape.Vocabulary*shape.Embedding
 	if state == nil {
 		t.plan, err = NewPlan(t.config.Options, facts{
-			Rows: len(t.data.Rows), Weights: weights, MaxLength: maxLength, Layers: shape.Layers, Valid: t.valid != nil, Method: t.config.Method, Seed: t.config.Seed,
+			Rows: t.data.Rows, Weights: weights, MaxLength: maxLength, Layers: shape.Layers, Valid: t.valid != nil, Method: t.config.Method, Seed: t.config.Seed,
 		})
 		if err != nil {
 			return optionFailure(err)
@@ -256,9 +258,9 @@ func optionFailure(err error) error {
 }
 
 func (t *trainer) datasetEvent() child.TrainerEvent {
-	e := child.TrainerEvent{Type: child.EventDataset, TrainRows: len(t.data.Rows), TrainTokens: t.data.Tokens, DroppedRows: t.data.Dropped}
+	e := child.TrainerEvent{Type: child.EventDataset, TrainRows: t.data.Rows, TrainTokens: t.data.Tokens, DroppedRows: t.data.Dropped}
 	if t.valid != nil {
-		e.ValidRows, e.ValidTokens = len(t.valid.Rows), t.valid.Tokens
+		e.ValidRows, e.ValidTokens = t.valid.Rows, t.valid.Tokens
 		e.DroppedRows += t.valid.Dropped
 	}
 	return e
@@ -270,14 +272,14 @@ func (t *trainer) warn(format string, args ...any) error {
 
 // train steps until the plan is done, and exports the adapter.
 func (t *trainer) train(ctx context.Context) error {
-	perEpoch := stepsPerEpoch(len(t.data.Rows), t.plan.BatchSize)
+	perEpoch := stepsPerEpoch(t.data.Rows, t.plan.BatchSize)
 	if t.step > 0 && (t.step%perEpoch == 0 || t.step == t.plan.TotalSteps) {
 		if err := t.evaluate(ctx, (t.step+perEpoch-1)/perEpoch); err != nil { // the state is saved before the evaluation
 			return err
 		}
 	}
 	schedule := Schedule{Kind: t.plan.LRScheduler, Peak: t.plan.LearningRate, Minimum: t.plan.MinLearningRate, Warmup: t.plan.WarmupSteps, Total: t.plan.TotalSteps}
-	order, orderEpoch := []int(nil), -1
+	order, orderEpoch := dataset.Order{}, -1
 	for t.step < t.plan.TotalSteps {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -286,8 +288,11 @@ func (t *trainer) train(ctx context.Context) error {
 		if epoch != orderEpoch {
 			order, orderEpoch = t.data.Order(t.plan.Seed, epoch), epoch
 		}
-		rows := order[position:min(position+t.plan.BatchSize, len(order))]
-		if err := t.optimize(rows, epoch, schedule); err != nil {
+		examples, err := t.data.Examples(order, position, position+t.plan.BatchSize)
+		if err != nil {
+			return err
+		}
+		if err := t.optimize(examples, epoch, schedule); err != nil {
 			return err
 		}
 		ended := t.step%perEpoch == 0 || t.step == t.plan.TotalSteps
@@ -332,39 +337,32 @@ func (s *sums) add(b engine.Batch, r engine.Result) {
 func (s *sums) meanLoss() float64 { return s.loss / s.weight }
 func (s *sums) accuracy() float64 { return s.correct / s.weight }
 
-// batch packs rows of d. With dropout, every token has its own mask.
-func (t *trainer) batch(d *dataset.Dataset, rows []int, epoch int, dropout bool) engine.Batch {
-	b := engine.Batch{}
-	for _, r := range rows {
-		row, start := d.Rows[r], len(b.Tokens)
-		for i, w := range row.Weights {
-			if w != 0 && i > 0 {
-				b.Targets = append(b.Targets, engine.Target{Position: start + i - 1, Label: row.Tokens[i], Weight: w})
-			}
-			if dropout {
-				b.Seeds = append(b.Seeds, dropoutSeed(t.plan.Seed, epoch, r, i))
-			}
-		}
-		b.Tokens = append(b.Tokens, row.Tokens...)
-		b.Segments = append(b.Segments, engine.Segment{Start: start, End: len(b.Tokens), Parent: -1})
+// seeds chooses the dropout masks of a micro-batch: every token of a row has its own.
+func (t *trainer) seeds(m dataset.Micro, epoch int) []uint32 {
+	seeds := make([]uint32, len(m.Owners))
+	for i, o := range m.Owners {
+		seeds[i] = dropoutSeed(t.plan.Seed, epoch, int(o.Row), int(o.Position))
 	}
-	return b
+	return seeds
 }
 
-// optimize does one optimizer step on the given rows and reports it. The loss of the step is the mean over its trained
+// optimize does one optimizer step on the given examples and reports it. The loss of the step is the mean over its trained
 // tokens, in whatever micro-batches they come.
-func (t *trainer) optimize(rows []int, epoch int, schedule Schedule) error {
+func (t *trainer) optimize(examples []dataset.Example, epoch int, schedule Schedule) error {
 	began := time.Now()
 	tokens := 0
-	for _, r := range rows {
-		tokens += len(t.data.Rows[r].Tokens)
+	for _, e := range examples {
+		tokens += e.Tokens
 	}
 	t.beginStep(tokens, epoch)
 	clear(t.lora.Gradients)
 	var total sums
-	for _, run := range t.data.Pack(rows, microTokens) {
-		b := t.batch(t.data, run, epoch, t.plan.LoraDropout > 0)
-		t.beginMicro(len(b.Tokens))
+	for _, micro := range dataset.Pack(examples, microTokens, false) {
+		b := micro.Batch
+		if t.plan.LoraDropout > 0 {
+			b.Seeds = t.seeds(micro, epoch)
+		}
+		t.beginMicro(micro.Tokens)
 		// The sum of the losses and not their mean: small gradients stay far from the smallest numbers of the types.
 		result, err := t.model.Gradients(b, t.lora, 1)
 		if err != nil {
@@ -419,16 +417,22 @@ func (t *trainer) evaluate(ctx context.Context, epoch int) error {
 	}
 	began := time.Now()
 	var total sums
-	for _, run := range t.valid.Pack(t.valid.Sequence(), microTokens) {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		b := t.batch(t.valid, run, epoch, false)
-		result, err := t.model.Evaluate(b, t.lora)
+	const together = 64 // examples read at once
+	for at := 0; at < t.valid.Rows; at += together {
+		examples, err := t.valid.Examples(t.valid.Sequence(), at, at+together)
 		if err != nil {
-			return fmt.Errorf("evaluate after step %d: %w", t.step, err)
+			return err
 		}
-		total.add(b, result)
+		for _, micro := range dataset.Pack(examples, microTokens, false) {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			result, err := t.model.Evaluate(micro.Batch, t.lora)
+			if err != nil {
+				return fmt.Errorf("evaluate after step %d: %w", t.step, err)
+			}
+			total.add(micro.Batch, result)
+		}
 	}
 	t.progress.mu.Lock()
 	t.progress.validSeconds = time.Since(began).Seconds() / float64(t.valid.Tokens)
@@ -442,7 +446,7 @@ func (t *trainer) evaluate(ctx context.Context, epoch int) error {
 
 func (t *trainer) save() error {
 	s := resumeState{
-		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: len(t.data.Rows), Step: t.step, TrainedTokens: t.trained,
+		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: t.data.Rows, Step: t.step, TrainedTokens: t.trained,
 		Threads: t.threads, Small: t.small, Plan: t.plan,
 	}
 	if err := s.save(t.config.Dir, t.lora.Parameters, t.moments); err != nil {
