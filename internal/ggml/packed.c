@@ -124,31 +124,40 @@ void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 }
 
 // ---- product -----------------------------------------------------------------------------------------------------
-// tile computes f[token][output] for a group of tokens and a panel of outputs, over all blocks in order. With AVX-512
+// tile computes f[token][output] for a group of tokens and a panel of outputs over the given blocks in order; with `more`
+// it adds to f. With AVX-512
 // VNNI, one multiplies 32 pairs with one instruction and sums in 24 registers.
 
 #if defined(__AVX512VNNI__)
 
-INLINE void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, float f[G][P]) {
-	for (int64_t b = 0; b < blocks; b++, w++, x++) {
+// step adds the products of one pair of K. In assembly, because the compiler moves the loads of several steps together,
+// runs out of registers and loses half of the speed.
+INLINE void step(__m512i c[G][3], const struct hone_weights *w, const struct hone_activations *x, int k) {
+	__m512i v0 = _mm512_load_si512(w->m[k][0]), v1 = _mm512_load_si512(w->m[k][16]), v2 = _mm512_load_si512(w->m[k][32]);
+#pragma GCC unroll 8
+	for (int i = 0; i < G; i++)
+		__asm__ volatile("vpbroadcastd %6, %%zmm31\n\tvpdpwssd %%zmm31, %3, %0\n\tvpdpwssd %%zmm31, %4, %1\n\tvpdpwssd %%zmm31, %5, %2"
+						 : "+v"(c[i][0]), "+v"(c[i][1]), "+v"(c[i][2])
+						 : "v"(v0), "v"(v1), "v"(v2), "m"(x->m[i][k])
+						 : "xmm31");
+}
+
+// Not inlined: the compiler would keep f in registers, too.
+static __attribute__((noinline)) void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, int more, float f[G][P]) {
+	for (; blocks > 0; blocks--, w++, x++, more = 1) {
 		__m512i c[G][3];
-		for (int i = 0; i < G; i++)
-			for (int j = 0; j < 3; j++) c[i][j] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-		for (int k = 0; k < B / 2; k++) {
-			__m512i v[3];
-			for (int j = 0; j < 3; j++) v[j] = _mm512_load_si512(w->m[k][16 * j]);
-			for (int i = 0; i < G; i++) {
-				int32_t pair;
-				memcpy(&pair, x->m[i][k], sizeof pair);
-				__m512i a = _mm512_set1_epi32(pair);
-				for (int j = 0; j < 3; j++) c[i][j] = _mm512_dpwssd_epi32(c[i][j], v[j], a);
-			}
+#pragma GCC unroll 8
+		for (int i = 0; i < G; i++) c[i][0] = c[i][1] = c[i][2] = _mm512_setzero_si512();
+		for (int k = 0; k < B / 2; k += 2) {
+			step(c, w, x, k);
+			step(c, w, x, k + 1);
 		}
+#pragma GCC unroll 3
 		for (int j = 0; j < 3; j++) {
 			__m512 scale = _mm512_load_ps(w->scale + 16 * j);
+#pragma GCC unroll 8
 			for (int i = 0; i < G; i++) {
-				__m512 sum = b == 0 ? _mm512_setzero_ps() : _mm512_load_ps(f[i] + 16 * j);
+				__m512 sum = more ? _mm512_load_ps(f[i] + 16 * j) : _mm512_setzero_ps();
 				_mm512_store_ps(f[i] + 16 * j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[i][j]) * scale, _mm512_set1_ps(x->scale[i]), sum));
 			}
 		}
@@ -175,8 +184,8 @@ INLINE void dot(int32_t c[P], const int16_t w[P][2], const int16_t x[2]) {
 #endif
 }
 
-INLINE void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, float f[G][P]) {
-	for (int64_t b = 0; b < blocks; b++, w++, x++)
+INLINE void tile(const struct hone_weights *w, const struct hone_activations *x, int64_t blocks, int more, float f[G][P]) {
+	for (; blocks > 0; blocks--, w++, x++, more = 1)
 		for (int i = 0; i < G; i += 2) {
 			int32_t c[2][P] = {{0}};
 			for (int k = 0; k < B / 2; k++) {
@@ -184,13 +193,14 @@ INLINE void tile(const struct hone_weights *w, const struct hone_activations *x,
 				dot(c[1], w->m[k], x->m[i + 1][k]);
 			}
 			for (int t = 0; t < 2; t++)
-				for (int j = 0; j < P; j++) f[i + t][j] = (b == 0 ? 0 : f[i + t][j]) + (float)c[t][j] * w->scale[j] * x->scale[i + t];
+				for (int j = 0; j < P; j++) f[i + t][j] = (more ? f[i + t][j] : 0) + (float)c[t][j] * w->scale[j] * x->scale[i + t];
 		}
 }
 
 #endif
 
-enum { CHUNK = 16 }; // groups of tokens that one unit of work computes for a panel, which stays in the second-level cache
+// A unit of work is CHUNK groups of tokens for a panel, SLICE blocks at a time, which stay in the second-level cache.
+enum { CHUNK = 16, SLICE = 12 };
 
 // hone_op_matmul: (packed W, quantized x, residual [M, T] or none; K) -> W x + residual [M, T]. Every element is
 // computed by one thread in the order of K.
@@ -205,16 +215,16 @@ void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
 		int64_t panel = unit / chunks, from = unit % chunks * CHUNK, to = from + CHUNK < groups ? from + CHUNK : groups;
 		int64_t width = M - panel * P < P ? M - panel * P : P;
-		for (int64_t g = from; g < to; g++) {
-			float f[G][P] __attribute__((aligned(64)));
-			tile(w + panel * blocks, x + g * blocks, blocks, f);
-			for (int64_t i = 0; i < G && g * G + i < T; i++) {
-				int64_t at = (g * G + i) * M + panel * P;
-				if (!residual)
-					memcpy(y + at, f[i], width * sizeof(float));
-				else
-					for (int64_t j = 0; j < width; j++) y[at + j] = f[i][j] + residual[at + j];
-			}
+		float f[CHUNK][G][P] __attribute__((aligned(64)));
+		for (int64_t b = 0; b < blocks; b += SLICE)
+			for (int64_t g = from; g < to; g++) tile(w + panel * blocks + b, x + g * blocks + b, blocks - b < SLICE ? blocks - b : SLICE, b > 0, f[g - from]);
+		for (int64_t t = from * G; t < to * G && t < T; t++) {
+			const float *sums = f[t / G - from][t % G];
+			int64_t at = t * M + panel * P;
+			if (!residual)
+				memcpy(y + at, sums, width * sizeof(float));
+			else
+				for (int64_t j = 0; j < width; j++) y[at + j] = sums[j] + residual[at + j];
 		}
 	}
 }
