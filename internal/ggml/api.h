@@ -77,6 +77,8 @@ typedef bool (*ggml_abort_callback)(void *data);
 
 struct ggml_context *ggml_init(struct ggml_init_params params);
 void ggml_free(struct ggml_context *ctx);
+struct ggml_tensor *ggml_get_first_tensor(const struct ggml_context *ctx);
+struct ggml_tensor *ggml_get_next_tensor(const struct ggml_context *ctx, struct ggml_tensor *tensor);
 size_t ggml_tensor_overhead(void);
 size_t ggml_graph_overhead_custom(size_t size, bool grads);
 const struct ggml_type_traits *ggml_get_type_traits(unsigned int type);
@@ -146,6 +148,8 @@ struct ggml_tensor *ggml_graph_node(struct ggml_cgraph *cgraph, int i);
 struct ggml_gallocr *ggml_gallocr_new(struct ggml_backend_buffer_type *buft);
 void ggml_gallocr_free(struct ggml_gallocr *galloc);
 bool ggml_gallocr_alloc_graph(struct ggml_gallocr *galloc, struct ggml_cgraph *graph);
+void ggml_gallocr_reserve_n_size(struct ggml_gallocr *galloc, struct ggml_cgraph *graph, const int *node_buffer_ids, const int *leaf_buffer_ids, size_t *sizes);
+bool ggml_gallocr_reserve(struct ggml_gallocr *galloc, struct ggml_cgraph *graph);
 size_t ggml_gallocr_get_buffer_size(struct ggml_gallocr *galloc, int buffer_id);
 
 struct ggml_backend *ggml_backend_cpu_init(void);
@@ -153,6 +157,7 @@ void ggml_backend_cpu_set_n_threads(struct ggml_backend *backend_cpu, int n_thre
 void ggml_backend_cpu_set_abort_callback(struct ggml_backend *backend_cpu, ggml_abort_callback abort_callback, void *abort_callback_data);
 void ggml_backend_free(struct ggml_backend *backend);
 struct ggml_backend_buffer_type *ggml_backend_get_default_buffer_type(struct ggml_backend *backend);
+size_t ggml_backend_alloc_ctx_tensors_from_buft_size(struct ggml_context *ctx, struct ggml_backend_buffer_type *buft);
 struct ggml_backend_buffer *ggml_backend_alloc_ctx_tensors(struct ggml_context *ctx, struct ggml_backend *backend);
 void ggml_backend_buffer_free(struct ggml_backend_buffer *buffer);
 void *ggml_backend_buffer_get_base(struct ggml_backend_buffer *buffer);

@@ -425,12 +425,17 @@ func (b *Backend) Progress() float64 {
 	return min(1, float64(done)/float64(max(1, b.nodes.Load())))
 }
 
-// Allocator plans and holds the memory of a graph's intermediate tensors; it grows when a graph needs more.
-type Allocator struct{ c *C.struct_ggml_gallocr }
+// Allocator plans and holds the memory of a graph's intermediate tensors; it grows when a graph needs more. One that
+// ran out of memory can be used for smaller graphs.
+type Allocator struct {
+	Limit int // bytes that a graph may take, beyond which Compute returns ErrMemory; 0: what there is
+
+	c *C.struct_ggml_gallocr
+}
 
 // NewAllocator makes an allocator on the backend.
 func (b *Backend) NewAllocator() *Allocator {
-	return &Allocator{C.ggml_gallocr_new(C.ggml_backend_get_default_buffer_type(b.c))}
+	return &Allocator{c: C.ggml_gallocr_new(C.ggml_backend_get_default_buffer_type(b.c))}
 }
 
 // Free releases the memory; it may be called twice.
@@ -454,7 +459,13 @@ func (b *Backend) Compute(g *Graph, a *Allocator) error {
 }
 
 func (b *Backend) prepare(g *Graph, a *Allocator) error {
-	if !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
+	if a.Limit > 0 {
+		if size := a.Measure(g); size > a.Limit {
+			return fmt.Errorf("a graph of %d nodes takes %d bytes, at most %d are allowed: %w", g.Nodes(), size, a.Limit, ErrMemory)
+		}
+	}
+	// Without reserve, a plan made for another graph of as many nodes would be taken for this one.
+	if !bool(C.ggml_gallocr_reserve(a.c, g.c)) || !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
 		return fmt.Errorf("allocate a graph of %d nodes: %w", g.Nodes(), ErrMemory)
 	}
 	for i := range g.Nodes() {

@@ -587,7 +587,7 @@ static const ggml_custom_op_t ops[] = {
 	[HONE_SUM_HEADS] = op_sum_heads,
 	[HONE_LORA_DOWN] = op_lora_down,       [HONE_LORA_UP] = op_lora_up,             [HONE_LORA_OUTER] = op_lora_outer,
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
-	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,
+	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,       [HONE_PACK] = hone_op_pack,
 };
 
 static struct ggml_tensor *with_params(struct ggml_tensor *t, const int32_t *p, int n) {

@@ -33,7 +33,10 @@ enum hone_op {
 	HONE_SCATTER_ROWS,  // in place or new [D,T]: (x [D,n], index i32 [n]; new)
 	HONE_QUANTIZE,      // (x [K,T]) -> bytes of hone_activations
 	HONE_MATMUL,        // (bytes of hone_weights, bytes of hone_activations, residual [M,T] or none; K) -> W x + residual [M,T]
+	HONE_PACK,          // (W [in,out] of any type; transpose) -> bytes of hone_weights of W or of its transpose
 };
+
+void hone_op_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 // hone_transpose_bf16 writes the transpose of the [rows, cols] matrix src as bfloat16 (dst [cols, rows]).
 void hone_to_bf16(const float *src, uint16_t *dst, int64_t n);

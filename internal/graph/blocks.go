@@ -15,6 +15,8 @@ type blocks interface {
 
 	// input is x as matmul takes it: computed once, used by every weight of the same layout that multiplies x.
 	input(s *step, w weight, x ggml.Tensor) input
+	// hold is w in a form that several products may share.
+	hold(s *step, w weight) weight
 	// matmul is W x, plus residual if that is valid.
 	matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor
 

@@ -12,14 +12,21 @@ func (fused) begin(*step, engine.Batch, *ggml.Context) func() { return func() {}
 
 func (fused) input(s *step, w weight, x ggml.Tensor) input {
 	in := input{x, x.Size(1)}
-	if w.kind == Packed {
+	if w.kind == Packed || w.kind == Stored {
 		in.t = s.add(s.ctx.Quantize(x))
 	}
 	return in
 }
 
+func (fused) hold(s *step, w weight) weight {
+	if w.kind == Stored {
+		w.kind, w.t = Packed, s.add(s.ctx.Pack(w.t, w.transpose))
+	}
+	return w
+}
+
 func (fused) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
-	if w.kind == Packed {
+	if w = (fused{}).hold(s, w); w.kind == Packed {
 		return s.add(s.ctx.PackedMatMul(w.t, x.t, residual, w.in, w.out, x.tokens))
 	}
 	y := s.add(s.ctx.MulMat(w.t, x.t))

@@ -8,11 +8,17 @@ import (
 	"github.com/hone-llm/hone/internal/gguf"
 )
 
-// Packed is a type of weights beside ggml's own: block floating point (ggml.PackedBytes), for the CPU's custom product.
-const Packed ggml.Type = -1
+// Types of weights beside ggml's own.
+const (
+	// Packed is block floating point (ggml.PackedBytes), for the CPU's custom product.
+	Packed ggml.Type = -1
+	// Stored takes no memory but the file's pages, which are shared with everybody who maps it: the CPU packs a matrix
+	// whenever it multiplies with it or with its transpose, and so computes the same as Packed, bit for bit.
+	Stored ggml.Type = -2
+)
 
-// Layout says how the dequantised weights are stored: Forward those that the forward pass multiplies, Backward their
-// transposes; each F32, BF16 or Packed.
+// Layout says how the weights are stored: Forward those that the forward pass multiplies, Backward their transposes;
+// each F32, BF16, Packed or Stored.
 type Layout struct{ Forward, Backward ggml.Type }
 
 // ExactLayout is the default: activations and losses are those of the weights as served, and gradients are off by far
@@ -30,7 +36,7 @@ func ExactLayout() Layout {
 // SmallLayout takes 4 bytes a weight, and on CPUs without BF16 arithmetic is slow.
 func SmallLayout() Layout { return Layout{ggml.BF16, ggml.BF16} }
 
-var storageNames = map[ggml.Type]string{Packed: "packed"}
+var storageNames = map[ggml.Type]string{Packed: "packed", Stored: "stored"}
 
 func storageName(t ggml.Type) string {
 	if name, ok := storageNames[t]; ok {
@@ -48,7 +54,7 @@ func ParseLayout(text string) (Layout, error) {
 	var l Layout
 	for i, name := range []string{forward, backward} {
 		found := false
-		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, Packed} {
+		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, Packed, Stored} {
 			if storageName(t) == name {
 				*[]*ggml.Type{&l.Forward, &l.Backward}[i], found = t, true
 			}
@@ -63,6 +69,8 @@ func ParseLayout(text string) (Layout, error) {
 // storageBytes is the memory of a matrix [out, in] stored as t.
 func storageBytes(t ggml.Type, in, out int) int {
 	switch t {
+	case Stored:
+		return 0
 	case Packed:
 		return ggml.PackedBytes(in, out)
 	case ggml.BF16:

@@ -30,9 +30,10 @@ func (e *UnsupportedError) Error() string {
 
 // weight is a frozen matrix of a layout's type, in the form that one direction multiplies: y = W x with x [in, T].
 type weight struct {
-	in, out int
-	kind    ggml.Type
-	t       ggml.Tensor // ne order [in, out]; Packed: bytes
+	in, out   int
+	kind      ggml.Type
+	t         ggml.Tensor // ne order [in, out]; Packed: bytes
+	transpose bool        // Stored: t is the transpose
 }
 
 // linear is a frozen weight matrix, kept twice: forward multiplies w, backward its transpose.
@@ -55,6 +56,8 @@ type Model struct {
 	allocator *ggml.Allocator
 	context   *ggml.Context
 	buffer    *ggml.Buffer
+	file      *gguf.File    // of Stored weights
+	mapped    *ggml.Context // tensors in the file
 
 	embedding   ggml.Tensor // as stored in the file
 	layers      []layer
@@ -63,102 +66,144 @@ type Model struct {
 	ropeFactors ggml.Tensor
 }
 
-// Load copies the weights of a model file to the backend, dequantised to the layout's types. A model that cannot be
-// trained gives *UnsupportedError before memory is allocated; Shape.WeightBytes says how much it will take.
+// Load copies the weights of a model file to the backend, in the layout's types; the file's own mapping may be closed
+// afterwards. A model that cannot be trained gives *UnsupportedError before memory is allocated; Estimate says how much
+// it will take.
 func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
+	l, err := describe(f, backend, layout)
+	if err != nil {
+		return nil, err
+	}
+	m := l.model
+	if m.buffer, err = m.context.Allocate(backend); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("weights: %w", err)
+	}
+	inParallel(l.fills)
+	return m, nil
+}
+
+// loader is a model whose tensors have no memory yet.
+type loader struct {
+	model *Model
+	fills []func() // give the tensors their values
+	errs  []error
+}
+
+func describe(f *gguf.File, backend *ggml.Backend, layout Layout) (*loader, error) {
 	shape, err := ReadShape(f)
 	if err != nil {
 		return nil, err
 	}
-	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}}
-	m.context = ggml.NewContext(shape.Layers*(2*int(modules)+7)+6, 0)
-	var fills []func()
-	fail := func(err error) (*Model, error) {
-		m.context.Free()
+	tensors := shape.Layers*(2*int(modules)+7) + 6
+	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}, context: ggml.NewContext(tensors, 0), mapped: ggml.NewContext(tensors, 0), allocator: backend.NewAllocator()}
+	l := &loader{model: m}
+	if m.file, err = gguf.Open(f.Path); err != nil {
+		m.Close()
 		return nil, err
 	}
-	vector := func(name string, n int) (ggml.Tensor, error) {
-		src, ok := f.Tensor(name)
-		if !ok || src.Elements() != int64(n) || src.Type != gguf.F32 {
-			return ggml.Tensor{}, &UnsupportedError{name, fmt.Sprintf("expected %d float32 values", n)}
-		}
-		t := m.context.New(ggml.F32, n)
-		fills = append(fills, func() { ggml.Dequantize(t.Floats(), ggml.F32, f.Data(src)) })
-		return t, nil
+	if m.embedding, err = l.stored("token_embd.weight", shape.Embedding, shape.Vocabulary); err != nil {
+		l.errs = append(l.errs, err)
 	}
-	matrix := func(name string, in, out int) (linear, error) {
-		src, ok := f.Tensor(name)
-		if !ok || len(src.Shape) != 2 || src.Shape[0] != int64(in) || src.Shape[1] != int64(out) {
-			return linear{}, &UnsupportedError{name, fmt.Sprintf("expected a matrix of %d x %d", in, out)}
-		}
-		if !ggml.Dequantizable(ggml.Type(src.Type)) {
-			return linear{}, &UnsupportedError{name, fmt.Sprintf("type %s cannot be dequantised", src.Type)}
-		}
-		l := linear{m.weight(layout.Forward, in, out), m.weight(layout.Backward, out, in)}
-		fills = append(fills, func() { l.fill(f.Data(src), ggml.Type(src.Type)) })
-		return l, nil
-	}
-	embedding, ok := f.Tensor("token_embd.weight")
-	if !ok {
-		return fail(&UnsupportedError{"token_embd.weight", "missing"})
-	}
-	m.embedding = m.context.New(ggml.Type(embedding.Type), shape.Embedding, shape.Vocabulary)
-	fills = append(fills, func() { copy(m.embedding.Bytes(int(embedding.Bytes)), f.Data(embedding)) })
-	headName := "output.weight"
+	head := "output.weight"
 	if shape.TiedHead {
-		headName = "token_embd.weight"
+		head = "token_embd.weight"
 	}
-	var errs []error
-	collect := func(err error) {
-		if err != nil {
-			errs = append(errs, err)
-		}
-	}
-	m.head, err = matrix(headName, shape.Embedding, shape.Vocabulary)
-	collect(err)
-	m.norm, err = vector("output_norm.weight", shape.Embedding)
-	collect(err)
-	if src, ok := f.Tensor("rope_freqs.weight"); ok {
-		m.ropeFactors, err = vector(src.Name, shape.RopeDimensions/2)
-		collect(err)
+	m.head = l.matrix(head, shape.Embedding, shape.Vocabulary)
+	m.norm = l.vector("output_norm.weight", shape.Embedding)
+	if _, ok := f.Tensor("rope_freqs.weight"); ok {
+		m.ropeFactors = l.vector("rope_freqs.weight", shape.RopeDimensions/2)
 	}
 	m.layers = make([]layer, shape.Layers)
 	for i := range m.layers {
-		l := &m.layers[i]
-		l.attentionNorm, err = vector(fmt.Sprintf("blk.%d.attn_norm.weight", i), shape.Embedding)
-		collect(err)
-		l.feedForwardNorm, err = vector(fmt.Sprintf("blk.%d.ffn_norm.weight", i), shape.Embedding)
-		collect(err)
+		block, name := &m.layers[i], func(suffix string) string { return fmt.Sprintf("blk.%d.%s", i, suffix) }
+		block.attentionNorm = l.vector(name("attn_norm.weight"), shape.Embedding)
+		block.feedForwardNorm = l.vector(name("ffn_norm.weight"), shape.Embedding)
 		for module := range modules {
 			in, out := shape.moduleSize(module)
-			l.linears[module], err = matrix(fmt.Sprintf("blk.%d.%s.weight", i, module.TensorName()), in, out)
-			collect(err)
+			block.linears[module] = l.matrix(name(module.TensorName()+".weight"), in, out)
 			if shape.architecture.bias && module <= Value {
-				l.bias[module], err = vector(fmt.Sprintf("blk.%d.%s.bias", i, module.TensorName()), out)
-				collect(err)
+				block.bias[module] = l.vector(name(module.TensorName()+".bias"), out)
 			}
 			if shape.architecture.headNorm && module <= Key {
-				l.headNorm[module], err = vector(fmt.Sprintf("blk.%d.%s_norm.weight", i, module.TensorName()), shape.Heads.Size)
-				collect(err)
+				block.headNorm[module] = l.vector(name(module.TensorName()+"_norm.weight"), shape.Heads.Size)
 			}
 		}
 	}
-	if len(errs) > 0 {
-		return fail(errors.Join(errs...))
+	if len(l.errs) > 0 {
+		m.Close()
+		return nil, errors.Join(l.errs...)
 	}
-	if m.buffer, err = m.context.Allocate(backend); err != nil {
-		return fail(err)
+	return l, nil
+}
+
+func (l *loader) vector(name string, n int) ggml.Tensor {
+	m := l.model
+	src, ok := m.file.Tensor(name)
+	if !ok || src.Elements() != int64(n) || src.Type != gguf.F32 {
+		l.errs = append(l.errs, &UnsupportedError{name, fmt.Sprintf("expected %d float32 values", n)})
+		return ggml.Tensor{}
 	}
-	inParallel(fills)
-	m.allocator = backend.NewAllocator()
-	return m, nil
+	t := m.context.New(ggml.F32, n)
+	l.fills = append(l.fills, func() { t.SetBytes(m.file.Data(src), 0) })
+	return t
+}
+
+// stored is a matrix as it is in the file: on the CPU in the file, else a copy.
+func (l *loader) stored(name string, in, out int) (ggml.Tensor, error) {
+	m := l.model
+	src, ok := m.file.Tensor(name)
+	if !ok || len(src.Shape) != 2 || src.Shape[0] != int64(in) || src.Shape[1] != int64(out) {
+		return ggml.Tensor{}, &UnsupportedError{name, fmt.Sprintf("expected a matrix of %d x %d", in, out)}
+	}
+	if _, gpu := m.backend.Device(); !gpu {
+		return m.mapped.NewAt(ggml.Type(src.Type), m.file.Data(src), in, out), nil
+	}
+	t := m.context.New(ggml.Type(src.Type), in, out)
+	l.fills = append(l.fills, func() { t.SetBytes(m.file.Data(src), 0) })
+	return t, nil
+}
+
+func (l *loader) matrix(name string, in, out int) linear {
+	m := l.model
+	pair := linear{m.weight(m.Forward, in, out), m.weight(m.Backward, out, in)}
+	src, ok := m.file.Tensor(name)
+	var err error
+	if m.Forward == Stored || m.Backward == Stored || !ok {
+		var t ggml.Tensor
+		t, err = l.stored(name, in, out)
+		pair.store(t)
+	} else if len(src.Shape) != 2 || src.Shape[0] != int64(in) || src.Shape[1] != int64(out) {
+		err = &UnsupportedError{name, fmt.Sprintf("expected a matrix of %d x %d", in, out)}
+	}
+	if err != nil {
+		l.errs = append(l.errs, err)
+	} else if m.Forward != Stored || m.Backward != Stored {
+		l.fills = append(l.fills, func() { pair.fill(m.file.Data(src), ggml.Type(src.Type)) })
+	}
+	return pair
 }
 
 func (m *Model) weight(kind ggml.Type, in, out int) weight {
-	if kind == Packed {
-		return weight{in, out, kind, m.context.New(ggml.I8, ggml.PackedBytes(in, out))}
+	w := weight{in: in, out: out, kind: kind}
+	switch kind {
+	case Stored:
+	case Packed:
+		w.t = m.context.New(ggml.I8, ggml.PackedBytes(in, out))
+	default:
+		w.t = m.context.New(kind, in, out)
 	}
-	return weight{in, out, kind, m.context.New(kind, in, out)}
+	return w
+}
+
+// store gives the matrix as it is in the file to those of the two that are Stored.
+func (l *linear) store(t ggml.Tensor) {
+	if l.w.kind == Stored {
+		l.w.t = t
+	}
+	if l.wt.kind == Stored {
+		l.wt.t, l.wt.transpose = t, true
+	}
 }
 
 // fill stores the dequantised matrix [out, in] and its transpose, a band of rows at a time.
@@ -171,14 +216,18 @@ func (l linear) fill(data []byte, t ggml.Type) {
 		n := min(band, out-row)
 		values := buffer[:n*in]
 		ggml.Dequantize(values, t, data[row*rowBytes:(row+n)*rowBytes])
-		if l.w.kind == Packed {
+		switch l.w.kind {
+		case Stored:
+		case Packed:
 			l.w.t.SetPackedRows(values, row, in, out)
-		} else {
+		default:
 			l.w.t.SetRows(values, row*in)
 		}
-		if l.wt.kind == Packed {
+		switch l.wt.kind {
+		case Stored:
+		case Packed:
 			l.wt.t.SetPackedTranspose(values, row, in, out)
-		} else {
+		default:
 			l.wt.t.SetTranspose(values, row, in, out)
 		}
 	}
@@ -206,6 +255,8 @@ func (m *Model) Close() {
 	m.allocator.Free()
 	m.buffer.Free()
 	m.context.Free()
+	m.mapped.Free()
+	m.file.Close()
 }
 
 // ActivationBytes is the memory that the largest graph so far took.

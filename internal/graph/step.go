@@ -335,17 +335,18 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	return s.blocks.rmsNormBack(s, save.x, l.attentionNorm, dnormed, dmiddle)
 }
 
-// logits are those of a chunk's positions; picked and normed are on the way to them.
-func (s *step) logits(x ggml.Tensor, c chunk) (picked, out ggml.Tensor) {
+// logits are those of a chunk's positions; picked and normed are on the way to them. head is held.
+func (s *step) logits(x ggml.Tensor, c chunk, head weight) (picked, out ggml.Tensor) {
 	picked = s.blocks.pick(s, x, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
 	normed := s.blocks.rmsNorm(s, picked, s.norm)
-	return picked, s.blocks.matmul(s, s.head.w, s.blocks.input(s, s.head.w, normed), ggml.Tensor{})
+	return picked, s.blocks.matmul(s, head, s.blocks.input(s, head, normed), ggml.Tensor{})
 }
 
 // losses computes the losses of all targets; logits only where they are needed.
 func (s *step) losses(x ggml.Tensor) {
+	head := s.blocks.hold(s, s.head.w)
 	for _, c := range s.targets.chunks {
-		_, out := s.logits(x, c)
+		_, out := s.logits(x, c, head)
 		if s.targets.logits.Valid() {
 			s.add(s.ctx.Copy(out, s.ctx.View(s.targets.logits, c.fromPosition*s.Vocabulary, s.Vocabulary, c.positions)))
 		}
@@ -355,11 +356,12 @@ func (s *step) losses(x ggml.Tensor) {
 
 // headGradient computes the losses of all targets and returns the gradient with respect to x [D, T].
 func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
+	head, back := s.blocks.hold(s, s.head.w), s.blocks.hold(s, s.head.wt)
 	var dx ggml.Tensor
 	for _, c := range s.targets.chunks {
-		picked, out := s.logits(x, c)
+		picked, out := s.logits(x, c, head)
 		dlogits := s.blocks.loss(s, out, c, true)
-		dnormed := s.blocks.matmul(s, s.head.wt, s.blocks.input(s, s.head.wt, dlogits), ggml.Tensor{})
+		dnormed := s.blocks.matmul(s, back, s.blocks.input(s, back, dlogits), ggml.Tensor{})
 		dpicked := s.blocks.rmsNormBack(s, picked, s.norm, dnormed, ggml.Tensor{})
 		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
 	}
