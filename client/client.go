@@ -40,9 +40,12 @@ type (
 	FineTuningJobRequest = wire.FineTuningJobRequest
 	FineTuningJobEvent   = wire.FineTuningJobEvent
 	FineTuningProgress   = wire.FineTuningProgress
+	FineTuningCheckpoint = wire.FineTuningJobCheckpoint
+	FineTuningDryRun     = wire.FineTuningDryRun
 	Hyperparameters      = wire.Hyperparameters
 	FineTuningMethod     = wire.FineTuningMethod
 	SupervisedMethod     = wire.SupervisedMethod
+	DPOMethod            = wire.DPOMethod
 )
 
 // Number is a hyper-parameter that is given and not "auto".
@@ -106,6 +109,12 @@ func (c *Client) CreateJob(ctx context.Context, req FineTuningJobRequest) (FineT
 	return job, c.do(ctx, http.MethodPost, "/fine_tuning/jobs", req, &job)
 }
 
+// DryRun checks a job's request and files as far as the first step, and returns what the job would do. It makes no job.
+func (c *Client) DryRun(ctx context.Context, req FineTuningJobRequest) (FineTuningDryRun, error) {
+	var result FineTuningDryRun
+	return result, c.do(ctx, http.MethodPost, "/fine_tuning/jobs/dry_run", req, &result)
+}
+
 // Job returns a job with its progress and its error.
 func (c *Client) Job(ctx context.Context, id string) (FineTuningJob, error) {
 	var job FineTuningJob
@@ -128,6 +137,12 @@ func (c *Client) CancelJob(ctx context.Context, id string) (FineTuningJob, error
 // there are more.
 func (c *Client) Events(ctx context.Context, jobID, after string, limit int) ([]FineTuningJobEvent, bool, error) {
 	return list[FineTuningJobEvent](ctx, c, "/fine_tuning/jobs/"+url.PathEscape(jobID)+"/events", after, limit)
+}
+
+// Checkpoints returns up to limit servable checkpoints of a job, newest first, that come after the one of id after, and
+// whether there are more.
+func (c *Client) Checkpoints(ctx context.Context, jobID, after string, limit int) ([]FineTuningCheckpoint, bool, error) {
+	return list[FineTuningCheckpoint](ctx, c, "/fine_tuning/jobs/"+url.PathEscape(jobID)+"/checkpoints", after, limit)
 }
 
 // Finished says whether a job of this status will not change any more.

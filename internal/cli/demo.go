@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/hone-llm/hone/client"
+	"github.com/hone-llm/hone/finetune"
 )
 
 // demoOptions is what `hone demo` is told.
@@ -28,16 +29,17 @@ type demoOptions struct {
 	examples, out, keep, model string
 	questions, rows            int
 	expectPoints               int
-	hone                       []string
+	hone                       map[string]json.RawMessage
 }
 
 func newDemoCommand(s streams) *cobra.Command {
-	var opts demoOptions
+	opts := demoOptions{hone: map[string]json.RawMessage{}}
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show the whole story: base accuracy, fine-tuning, tuned accuracy",
 		Long: "Starts a server over a throw-away data directory, answers the example questions with the base model, tunes it on the\n" +
-			"example training rows, answers again with the tuned model, and compares. Ctrl-C ends everything at any point.",
+			"example training rows, answers again with the tuned model, and compares. Ctrl-C ends everything at any point.\n\n" +
+			"The options of training that `hone finetune create` has are taken too, as --num-train-epochs 1.",
 		Args: wrongUsage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if opts.expectPoints < 0 || opts.expectPoints > 100 {
@@ -54,7 +56,10 @@ func newDemoCommand(s streams) *cobra.Command {
 	f.IntVar(&opts.questions, "questions", 0, "answer only this many test questions (default: all)")
 	f.IntVar(&opts.rows, "rows", 0, "train on only this many rows (default: all)")
 	f.IntVar(&opts.expectPoints, "expect-points", 0, "fail unless tuning gains this many percentage points of accuracy (default: whatever it gains will do)")
-	f.StringArrayVar(&opts.hone, "hone", nil, "KEY=VALUE, an option of the fine-tuning job, as num_train_epochs=1")
+	addOptionFlags(f, opts.hone)
+	for _, option := range finetune.KnownOptions() {
+		f.Lookup(flagName(option.Name)).Hidden = true
+	}
 	return cmd
 }
 

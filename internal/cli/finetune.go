@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,7 +28,8 @@ func newFineTuneCommand(s streams) *cobra.Command {
 		Args:  wrongUsage(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newFineTuneCreateCommand(s), newFineTuneListCommand(s), newFineTuneWatchCommand(s), newFineTuneCancelCommand(s))
+	cmd.AddCommand(newFineTuneCreateCommand(s), newFineTuneListCommand(s), newFineTuneWatchCommand(s), newFineTuneCancelCommand(s),
+		newFineTuneCheckpointsCommand(s))
 	for _, sub := range cmd.Commands() {
 		addServerFlags(sub)
 	}
@@ -35,30 +38,33 @@ func newFineTuneCommand(s streams) *cobra.Command {
 
 // jobOptions is what `hone finetune create` is told.
 type jobOptions struct {
-	model, training, validation, suffix, template string
-	epochs, batch, multiplier                     string // "auto", a number, or "" to leave it out
-	seed                                          int64
-	seedSet                                       bool
-	hone                                          []string // KEY=VALUE
+	model, training, validation, method, suffix, template string
+	seed                                                  int64
+	seedSet                                               bool
+	hone                                                  map[string]json.RawMessage // by the names of the `hone` object
 }
 
 func newFineTuneCreateCommand(s streams) *cobra.Command {
-	var opts jobOptions
-	var watch bool
+	opts := jobOptions{hone: map[string]json.RawMessage{}}
+	var watch, dry bool
 	cmd := &cobra.Command{
 		Use:   "create FILE --model MODEL",
 		Short: "Upload a training file and start a job",
-		Long: "FILE is JSON Lines of chats, or the id of an uploaded file (file-...). What is not said is \"auto\". --hone sets the options\n" +
-			"that OpenAI's API lacks, under PEFT's and Hugging Face Trainer's names.",
+		Long: "FILE is JSON Lines, or the id of an uploaded file (file-...). A line is {\"messages\": [...]}, {\"prompt\": ..., \"completion\": ...}\n" +
+			"or {\"text\": ...}; with --method dpo, {\"prompt\": ..., \"chosen\": ..., \"rejected\": ...} or OpenAI's form of it. MODEL is a base\n" +
+			"model, or a tuned one (ft:...) to go on from. What is not said is \"auto\"; the names are PEFT's, Hugging Face Trainer's and TRL's.",
 		Example: "  hone finetune create data/train.jsonl --validation-file data/valid.jsonl --model SmolLM2-135M-Instruct --suffix quiz --watch\n" +
-			"  hone finetune create data/train.jsonl --model llama-8b --hone r=8 --hone target_modules=q_proj,v_proj --hone learning_rate=2e-4",
+			"  hone finetune create data/train.jsonl --model llama-8b --r 8 --target-modules q_proj,v_proj --learning-rate 2e-4 --dry-run",
 		Args: wrongUsage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			opts.training, opts.seedSet = args[0], cmd.Flags().Changed("seed")
+			if dry {
+				return dryRun(cmd, s, opts)
+			}
 			c, err := newClient(cmd)
 			if err != nil {
 				return err
 			}
-			opts.training, opts.seedSet = args[0], cmd.Flags().Changed("seed")
 			request, err := jobRequest(cmd.Context(), s, c, opts)
 			var job client.FineTuningJob
 			if err == nil {
@@ -76,16 +82,16 @@ func newFineTuneCreateCommand(s streams) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&opts.model, "model", "", "the base model")
+	f.SortFlags = false
+	f.StringVar(&opts.model, "model", "", "the model to tune")
 	f.StringVar(&opts.validation, "validation-file", "", "file of rows to measure on and not to train on")
+	f.StringVar(&opts.method, "method", "", "supervised or dpo (default: supervised)")
 	f.StringVar(&opts.suffix, "suffix", "", "part of the tuned model's name")
-	f.StringVar(&opts.epochs, "n-epochs", "", "times that each row is trained on, or auto")
-	f.StringVar(&opts.batch, "batch-size", "", "rows of one optimizer step, or auto")
-	f.StringVar(&opts.multiplier, "learning-rate-multiplier", "", "factor on the automatic learning rate, or auto")
 	f.Int64Var(&opts.seed, "seed", 0, "seed of the job (default: the server chooses one)")
 	f.StringVar(&opts.template, "template", "", "file with the wording of the questions, for hone predict (default: as hone dataset recorded it)")
-	f.StringArrayVar(&opts.hone, "hone", nil, "KEY=VALUE, an option of LoRA or of the trainer; may be given several times")
 	f.BoolVar(&watch, "watch", false, "follow the job until it ends")
+	f.BoolVar(&dry, "dry-run", false, "check the files, decide every \"auto\", estimate the memory, and start nothing; needs no server")
+	addOptionFlags(f, opts.hone)
 	_ = cmd.MarkFlagRequired("model") // an error means that there is no such flag
 	return cmd
 }
@@ -94,16 +100,11 @@ func newFineTuneCreateCommand(s streams) *cobra.Command {
 // the request has the ids of those that were uploaded.
 func jobRequest(ctx context.Context, s streams, c *client.Client, opts jobOptions) (client.FineTuningJobRequest, error) {
 	request := client.FineTuningJobRequest{Model: opts.model}
-	options, err := honeOptions(opts.hone)
-	if err != nil {
+	if err := checkOptions(opts); err != nil {
 		return request, err
 	}
-	parameters, err := hyperparameters(opts)
-	if err != nil {
-		return request, err
-	}
-	if parameters != nil {
-		request.Method = &client.FineTuningMethod{Type: "supervised", Supervised: &client.SupervisedMethod{Hyperparameters: parameters}}
+	if opts.method != "" {
+		request.Method = &client.FineTuningMethod{Type: opts.method}
 	}
 	template, err := readTemplate(opts.template)
 	if err != nil {
@@ -128,8 +129,14 @@ func jobRequest(ctx context.Context, s streams, c *client.Client, opts jobOption
 	if template == "" {
 		template = training.template
 	}
+	options := maps.Clone(opts.hone)
+	if options == nil {
+		options = map[string]json.RawMessage{}
+	}
 	if _, ok := options["question_template"]; !ok && template != "" {
-		options["question_template"] = template
+		if options["question_template"], err = json.Marshal(template); err != nil {
+			return request, err
+		}
 	}
 	if len(options) > 0 {
 		if request.Hone, err = json.Marshal(options); err != nil {
@@ -207,54 +214,6 @@ func removeUploads(ctx context.Context, s streams, c *client.Client, opts jobOpt
 	}
 }
 
-// honeOptions reads KEY=VALUE: a JSON value as it is, words separated by commas as a list where the key takes one, and
-// anything else as a string.
-func honeOptions(pairs []string) (map[string]any, error) {
-	options := map[string]any{}
-	for _, pair := range pairs {
-		key, value, ok := strings.Cut(pair, "=")
-		if key = strings.TrimSpace(key); !ok || key == "" {
-			return nil, usageError{fmt.Errorf("--hone %q: expected KEY=VALUE", pair)}
-		}
-		var parsed any
-		switch {
-		case json.Unmarshal([]byte(value), &parsed) == nil:
-			options[key] = json.RawMessage(value)
-		case key == "target_modules" && value != "all-linear":
-			options[key] = strings.Split(value, ",")
-		default:
-			options[key] = value
-		}
-	}
-	return options, nil
-}
-
-func hyperparameters(opts jobOptions) (*client.Hyperparameters, error) {
-	h := &client.Hyperparameters{}
-	var errs []error
-	parse := func(flag, value string, into any) {
-		if value == "" {
-			return
-		}
-		if value == "auto" {
-			value = `"auto"`
-		}
-		if err := json.Unmarshal([]byte(value), into); err != nil {
-			errs = append(errs, fmt.Errorf("--%s is %s, expected a number or auto", flag, value))
-		}
-	}
-	parse("n-epochs", opts.epochs, &h.NEpochs)
-	parse("batch-size", opts.batch, &h.BatchSize)
-	parse("learning-rate-multiplier", opts.multiplier, &h.LearningRateMultiplier)
-	if len(errs) > 0 {
-		return nil, usageError{errors.Join(errs...)}
-	}
-	if *h == (client.Hyperparameters{}) {
-		return nil, nil
-	}
-	return h, nil
-}
-
 func newFineTuneListCommand(s streams) *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -287,11 +246,7 @@ func newFineTuneListCommand(s streams) *cobra.Command {
 }
 
 func jobTable(jobs []client.FineTuningJob) string {
-	t := table.NewWriter()
-	style := table.StyleDefault
-	style.Options = table.OptionsNoBordersAndSeparators
-	style.Format.Header = text.FormatUpper
-	t.SetStyle(style)
+	t := plainTable()
 	t.AppendHeader(table.Row{"job", "status", "base model", "tuned model", "created", "progress"})
 	for _, j := range jobs {
 		tuned, progress := "", ""
@@ -307,6 +262,15 @@ func jobTable(jobs []client.FineTuningJob) string {
 		t.AppendRow(table.Row{j.ID, j.Status, j.Model, tuned, time.Unix(j.CreatedAt, 0).Format("2006-01-02 15:04"), progress})
 	}
 	return t.Render()
+}
+
+func plainTable() table.Writer {
+	t := table.NewWriter()
+	style := table.StyleDefault
+	style.Options = table.OptionsNoBordersAndSeparators
+	style.Format.Header = text.FormatUpper
+	t.SetStyle(style)
+	return t
 }
 
 func newFineTuneWatchCommand(s streams) *cobra.Command {
@@ -342,6 +306,52 @@ func newFineTuneCancelCommand(s streams) *cobra.Command {
 			return err
 		},
 	}
+}
+
+func newFineTuneCheckpointsCommand(s streams) *cobra.Command {
+	return &cobra.Command{
+		Use:   "checkpoints JOB",
+		Short: "List the checkpoints of a job, newest first: each is a model that can be used",
+		Args:  wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := newClient(cmd)
+			if err != nil {
+				return err
+			}
+			checkpoints, _, err := c.Checkpoints(cmd.Context(), args[0], "", 1000)
+			if err != nil {
+				return err
+			}
+			if len(checkpoints) == 0 {
+				_, err := fmt.Fprintln(s.out, "the job has no checkpoints")
+				return err
+			}
+			t := plainTable()
+			t.AppendHeader(table.Row{"step", "model", "created", "training loss", "validation loss", "choice accuracy"})
+			for _, p := range checkpoints {
+				var m struct {
+					TrainLoss      *float64 `json:"train_loss"`
+					ValidLoss      *float64 `json:"full_valid_loss"`
+					ChoiceAccuracy *float64 `json:"valid_choice_accuracy"`
+				}
+				if err := json.Unmarshal(p.MetricsAtPoint, &m); err != nil {
+					return fmt.Errorf("metrics of %s: %w", p.ID, err)
+				}
+				t.AppendRow(table.Row{p.StepNumber, p.Model, time.Unix(p.CreatedAt, 0).Format("2006-01-02 15:04"),
+					measured(m.TrainLoss), measured(m.ValidLoss), measured(m.ChoiceAccuracy)})
+			}
+			_, err = fmt.Fprintln(s.out, t.Render())
+			return err
+		},
+	}
+}
+
+// measured shows a number that may not have been measured.
+func measured(v *float64) string {
+	if v == nil {
+		return ""
+	}
+	return strconv.FormatFloat(*v, 'f', 4, 64)
 }
 
 // follow shows a job until it ends and prints the tuned model's name. A job that did not succeed is an error.
@@ -418,6 +428,9 @@ func jobNote(p client.FineTuningProgress) string {
 	if p.ValidAccuracy != nil {
 		note += fmt.Sprintf(" acc %.1f%%", 100**p.ValidAccuracy)
 	}
+	if p.ValidChoiceAccuracy != nil {
+		note += fmt.Sprintf(" choices %.1f%%", 100**p.ValidChoiceAccuracy)
+	}
 	if p.TokensPerSecond > 0 {
 		note += fmt.Sprintf("  %.0f tokens/s", p.TokensPerSecond)
 	}
@@ -450,7 +463,7 @@ func (w *jobWatch) showEvents() {
 	w.event = fresh[0].ID
 	slices.Reverse(fresh)
 	for _, e := range fresh {
-		if e.Type == "metrics" && !strings.Contains(string(e.Data), `"full_valid_loss"`) {
+		if e.Type == "metrics" && !strings.Contains(string(e.Data), `"full_valid_loss"`) && !strings.Contains(string(e.Data), `"valid_choice_accuracy"`) {
 			continue
 		}
 		line := e.Message

@@ -58,11 +58,7 @@ func newModelsListCommand(s streams) *cobra.Command {
 }
 
 func modelTable(list []models.Model) string {
-	t := table.NewWriter()
-	style := table.StyleDefault
-	style.Options = table.OptionsNoBordersAndSeparators
-	style.Format.Header = text.FormatUpper
-	t.SetStyle(style)
+	t := plainTable()
 	right := table.ColumnConfig{Align: text.AlignRight, AlignHeader: text.AlignRight}
 	var columns []table.ColumnConfig
 	for _, n := range []int{3, 5, 6} {

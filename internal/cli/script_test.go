@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/pflag"
 
 	"github.com/hone-llm/hone/client"
 )
@@ -127,6 +129,16 @@ func newSmallServer(examples string) http.Handler {
 		fmt.Fprint(w, `{"object":"list","data":[{"id":"e2","level":"info","message":"Step 1/3: training loss=0.70","type":"metrics","data":{"step":1}},
 			{"id":"e1","level":"info","message":"Fine-tuning job started","type":"message","data":{}}],"has_more":false}`)
 	})
+	mux.HandleFunc("POST /v1/fine_tuning/jobs/dry_run", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"object":"fine_tuning.job.dry_run","model":"base","start_adapter":"ft:base:local:a:b","method":{"type":"supervised"},"train_rows":1517,"valid_rows":20,
+			"train_tokens":90000,"valid_tokens":800,"shared_tokens":9000,"truncated_rows":2,"dropped_rows":3,"options":{"r":8},"notes":["the long way round"],
+			"plan":{"r":8,"lora_alpha":16,"target_modules":["q_proj","v_proj"],"num_train_epochs":3,"batch_size":4,"total_steps":1138,
+			"memory":{"device":"cpu","layout":"exact","forward":"f32","backward":"bf16","total_bytes":1073741824,"free_bytes":2147483648,"micro_batch_tokens":1024}}}`)
+	})
+	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-1/checkpoints", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"object":"list","data":[{"id":"ftckpt_1","fine_tuned_model_checkpoint":"ft:base:local:quiz:1:ckpt-step-2","step_number":2,"created_at":1,
+			"metrics":{"step":2,"train_loss":0.5,"valid_choice_accuracy":0.75}}],"has_more":false}`)
+	})
 	mux.HandleFunc("GET /request", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(s.request) })
 	return mux
 }
@@ -209,7 +221,8 @@ func TestJobRequest(t *testing.T) {
 	}
 	s := streams{in: strings.NewReader(""), out: io.Discard, err: io.Discard}
 	request, err := jobRequest(t.Context(), s, client.New(server.URL+"/v1", ""), jobOptions{model: "base", training: filepath.Join(dir, "train.jsonl"), validation: "file-9",
-		suffix: "quiz", epochs: "2", batch: "auto", hone: []string{"r=8", "target_modules=q_proj,v_proj", "lr_scheduler_type=linear", "use_rslora=true", "learning_rate=2e-4"}})
+		suffix: "quiz", method: "supervised", hone: optionFlags(t, "--r=8", "--target-modules", "q_proj,v_proj", "--lr-scheduler-type=cosine_with_min_lr", "--use-rslora", "--learning_rate=2e-4",
+			"--n-epochs=2", "--batch-size=auto", "--layers-to-transform=1,2", "--lr-scheduler-kwargs=min_lr_rate=0.1", "--choices", `["a,b","c"]`)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,9 +231,9 @@ func TestJobRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	template, _ := json.Marshal(client.DefaultTemplate)
-	want := `{"model":"base","training_file":"file-train","validation_file":"file-9","suffix":"quiz","method":{"type":"supervised","supervised":{"hyperparameters":` +
-		`{"batch_size":"auto","n_epochs":2}}},"hone":{"learning_rate":2e-4,"lr_scheduler_type":"linear","question_template":` + string(template) +
-		`,"r":8,"target_modules":["q_proj","v_proj"],"use_rslora":true}}`
+	want := `{"model":"base","training_file":"file-train","validation_file":"file-9","suffix":"quiz","method":{"type":"supervised"},` +
+		`"hone":{"batch_size":"auto","choices":["a,b","c"],"layers_to_transform":[1,2],"learning_rate":2e-4,"lr_scheduler_kwargs":{"min_lr_rate":0.1},` +
+		`"lr_scheduler_type":"cosine_with_min_lr","num_train_epochs":2,"question_template":` + string(template) + `,"r":8,"target_modules":["q_proj","v_proj"],"use_rslora":true}}`
 	if string(got) != want {
 		t.Errorf("request\n%s\nwant\n%s", got, want)
 	}
@@ -236,9 +249,30 @@ func TestJobRequest(t *testing.T) {
 	if request, err = jobRequest(t.Context(), s, client.New(server.URL+"/v1", ""), jobOptions{model: "base", training: path}); err != nil || request.Hone != nil {
 		t.Errorf("changed file: hone %s, %v", request.Hone, err)
 	}
-	for _, bad := range []jobOptions{{epochs: "many"}, {hone: []string{"r"}}, {hone: []string{"=8"}}} {
-		if _, err := jobRequest(t.Context(), s, nil, bad); err == nil {
-			t.Errorf("%+v was accepted", bad)
+	if _, err := jobRequest(t.Context(), s, nil, jobOptions{hone: optionFlags(t, "--eval-steps=2")}); !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), "--eval-steps: eval_steps is only of") {
+		t.Errorf("contradiction: %v", err)
+	}
+}
+
+// optionFlags parses flags of options.
+func optionFlags(t *testing.T, args ...string) map[string]json.RawMessage {
+	t.Helper()
+	options := map[string]json.RawMessage{}
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	addOptionFlags(f, options)
+	if err := f.Parse(args); err != nil {
+		t.Fatal(err)
+	}
+	return options
+}
+
+func TestOptionFlags(t *testing.T) {
+	t.Parallel()
+	for _, bad := range []string{"--r=many", "--r=1.5", "--r", "--learning-rate=x", "--use-rslora=maybe", "--layers-to-transform=a", "--lr-scheduler-kwargs=min_lr", "--lr-scheduler-kwargs=x=1", "--rank=8"} {
+		f := pflag.NewFlagSet("", pflag.ContinueOnError)
+		addOptionFlags(f, map[string]json.RawMessage{})
+		if err := f.Parse([]string{bad}); err == nil {
+			t.Errorf("%s was accepted", bad)
 		}
 	}
 }
