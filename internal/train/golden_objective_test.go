@@ -1,17 +1,17 @@
 package train
 
 import (
-	"cmp"
 	"fmt"
-	"maps"
 	"math"
 	"slices"
 	"testing"
 
+	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/prompt"
 )
 
 // goldenObjective is what the two files of scripts/golden/objective_golden.py share; its head explains every field.
@@ -53,95 +53,48 @@ func near(t *testing.T, what string, got, want float64) {
 	}
 }
 
-// place is where a label is asked for.
-type place struct {
-	position int
-	label    engine.Token
-}
+// candidates are examples packed into one micro-batch whose loss is an objective's.
+type candidates struct{ dataset.Micro }
 
-// packer makes a micro-batch of candidates: rows of trained tokens whose log-probabilities an objective compares.
-type packer struct {
-	batch      engine.Batch
-	places     map[place][]int // candidates that the label at this place belongs to
-	candidates int
-	users      [][]int // of each target
-}
-
-func (p *packer) segment(tokens []engine.Token, parent int) (index, start int) {
-	start = len(p.batch.Tokens)
-	if len(tokens) == 0 {
-		return parent, start
+func packCandidates(t *testing.T, examples []dataset.Example) candidates {
+	t.Helper()
+	micros := dataset.Pack(examples, 1<<20, false)
+	if len(micros) != 1 {
+		t.Fatalf("%d micro-batches, expected 1", len(micros))
 	}
-	p.batch.Tokens = append(p.batch.Tokens, tokens...)
-	p.batch.Segments = append(p.batch.Segments, engine.Segment{Start: start, End: start + len(tokens), Parent: parent})
-	return len(p.batch.Segments) - 1, start
+	return candidates{micros[0]}
 }
 
-func (p *packer) target(position int, label engine.Token, candidate int) {
-	if p.places == nil {
-		p.places = make(map[place][]int)
-	}
-	at := place{position, label}
-	p.places[at] = append(p.places[at], candidate)
-}
-
-// add packs rows that begin with the same tokens, computed once if share is set.
-func (p *packer) add(share bool, rows ...goldenRow) {
-	common := 0
-	for share && !slices.ContainsFunc(rows, func(r goldenRow) bool {
-		return common >= len(r.Tokens) || r.Tokens[common] != rows[0].Tokens[common]
-	}) {
-		common++
-	}
-	prefix, first := p.segment(rows[0].Tokens[:common], -1)
-	for _, row := range rows {
-		_, start := p.segment(row.Tokens[common:], prefix)
-		for i, w := range row.Weights {
-			if w == 0 {
-				continue
-			}
-			position := first + i - 1
-			if i > common {
-				position = start + i - 1 - common
-			}
-			p.target(position, row.Tokens[i], p.candidates)
+// logProbs are the log-probabilities of the candidates, in nats.
+func (c candidates) logProbs(losses []float32) []float64 {
+	sums := make([]float64, len(c.Candidates))
+	for i, candidate := range c.Candidates {
+		for k, target := range candidate.Targets {
+			sums[i] -= float64(candidate.Weights[k]) * float64(losses[target])
 		}
-		p.candidates++
 	}
+	return sums
 }
 
-// finish orders the targets. Gradients then follows objective, which gets the log-probability of each candidate and returns the
-// derivatives of a loss with respect to them.
-func (p *packer) finish(objective func(logProbs []float64) []float64) engine.Batch {
-	order := slices.SortedFunc(maps.Keys(p.places), func(a, b place) int {
-		return cmp.Or(cmp.Compare(a.position, b.position), cmp.Compare(a.label, b.label))
-	})
-	for _, at := range order {
-		p.batch.Targets = append(p.batch.Targets, engine.Target{Position: at.position, Label: at.label, Weight: 1})
-		p.users = append(p.users, p.places[at])
-	}
-	b := p.batch
+// gradients adds the gradients of objective, which returns the derivatives of a loss with respect to the log-probability
+// of each candidate.
+func (c candidates) gradients(t *testing.T, a adapter, objective func(logProbs []float64) []float64) {
+	t.Helper()
+	b := c.Batch
 	b.Weigh = func(losses []float32) ([]float32, error) {
 		weights := make([]float32, len(losses))
-		derivatives := objective(p.logProbs(losses))
-		for i, users := range p.users {
-			for _, c := range users {
-				weights[i] -= float32(derivatives[c])
+		derivatives := objective(c.logProbs(losses))
+		for i, candidate := range c.Candidates {
+			for k, target := range candidate.Targets {
+				weights[target] -= candidate.Weights[k] * float32(derivatives[i])
 			}
 		}
 		return weights, nil
 	}
-	return b
-}
-
-func (p *packer) logProbs(losses []float32) []float64 {
-	sums := make([]float64, p.candidates)
-	for i, users := range p.users {
-		for _, c := range users {
-			sums[c] -= float64(losses[i])
-		}
+	clear(a.lora.Gradients)
+	if _, err := a.model.Gradients(b, a.lora, 1); err != nil {
+		t.Fatal(err)
 	}
-	return sums
 }
 
 // TestGoldenPreferences compares preference optimisation with TRL's formulae over PEFT: the log-probabilities of both
@@ -170,25 +123,26 @@ func TestGoldenPreferences(t *testing.T) {
 	}
 	tensors := readGoldenFiles(t, "tiny-dpo", &golden)
 	a := golden.load(t)
-	for _, share := range []bool{false, true} {
-		var reference packer
-		for _, pair := range golden.Pairs {
-			reference.add(share, pair.Chosen, pair.Rejected)
+	var apart, together []dataset.Example
+	for i, pair := range golden.Pairs {
+		rows := []prompt.Row{pair.Chosen.row(), pair.Rejected.row()}
+		together = append(together, dataset.Example{Row: i, Candidates: rows})
+		for _, row := range rows {
+			apart = append(apart, dataset.Example{Row: i, Candidates: []prompt.Row{row}})
 		}
-		result, err := a.model.Evaluate(reference.finish(nil), nil)
+	}
+	for packing, examples := range map[string][]dataset.Example{"rows apart": apart, "prefixes shared": together} {
+		pack := packCandidates(t, examples)
+		result, err := a.model.Evaluate(pack.Batch, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		referenceLogProbs := reference.logProbs(result.Losses)
+		referenceLogProbs := pack.logProbs(result.Losses)
 		for _, want := range golden.Losses {
 			objective := preference{beta: want.Beta, smoothing: want.LabelSmoothing, ipo: want.LossType == "ipo"}
-			var p packer
-			for _, pair := range golden.Pairs {
-				p.add(share, pair.Chosen, pair.Rejected)
-			}
-			what := fmt.Sprintf("%s, shared prefixes %t", want.Name, share)
+			what := fmt.Sprintf("%s, %s", want.Name, packing)
 			n := float64(len(golden.Pairs))
-			batch := p.finish(func(logProbs []float64) []float64 {
+			pack.gradients(t, a, func(logProbs []float64) []float64 {
 				derivatives := make([]float64, len(logProbs))
 				var loss, chosen, rejected, right float64
 				for i, pair := range golden.Pairs {
@@ -222,11 +176,7 @@ func TestGoldenPreferences(t *testing.T) {
 				}
 				return derivatives
 			})
-			clear(a.lora.Gradients)
-			if _, err := a.model.Gradients(batch, a.lora, 1); err != nil {
-				t.Fatal(err)
-			}
-			a.compare(t, fmt.Sprintf("%s (%d tokens)", what, len(batch.Tokens)), func(name string) gguf.Float32Tensor { return tensors[want.Name+"."+name] })
+			a.compare(t, fmt.Sprintf("%s (%d tokens)", what, len(pack.Batch.Tokens)), func(name string) gguf.Float32Tensor { return tensors[want.Name+"."+name] })
 		}
 	}
 }
@@ -256,16 +206,18 @@ func TestGoldenChoices(t *testing.T) {
 	}
 	tensors := readGoldenFiles(t, "tiny-choice", &golden)
 	a := golden.load(t)
-	var p packer
-	for _, row := range golden.Rows {
-		_, start := p.segment(row.Tokens, -1)
+	var examples []dataset.Example
+	for i, row := range golden.Rows {
+		e := dataset.Example{Row: i, Right: row.Answer}
 		for _, choice := range golden.Choices {
-			p.target(start+row.Position, choice, p.candidates)
-			p.candidates++
+			c := row.row()
+			c.Tokens = append(slices.Clone(c.Tokens[:row.Position+1]), choice)
+			e.Candidates = append(e.Candidates, c)
 		}
+		examples = append(examples, e)
 	}
 	n := float64(len(golden.Rows))
-	batch := p.finish(func(logProbs []float64) []float64 {
+	packCandidates(t, examples).gradients(t, a, func(logProbs []float64) []float64 {
 		var derivatives []float64
 		var loss, right float64
 		for i, row := range golden.Rows {
@@ -286,8 +238,5 @@ func TestGoldenChoices(t *testing.T) {
 		near(t, "accuracy", right, golden.Accuracy)
 		return derivatives
 	})
-	if _, err := a.model.Gradients(batch, a.lora, 1); err != nil {
-		t.Fatal(err)
-	}
 	a.compare(t, "choices", func(name string) gguf.Float32Tensor { return tensors[name] })
 }

@@ -63,6 +63,8 @@ type goldenRow struct {
 	Weights []float32      `json:"weights"`
 }
 
+func (r goldenRow) row() prompt.Row { return prompt.Row{Tokens: r.Tokens, Weights: r.Weights} }
+
 func readGolden(t *testing.T, name string) *golden {
 	t.Helper()
 	g := new(golden)
@@ -313,8 +315,7 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 	}
 	var examples []dataset.Example
 	for i, row := range r.Rows {
-		c := prompt.Row{Tokens: row.Tokens, Weights: row.Weights}
-		examples = append(examples, dataset.Example{Row: i, Candidates: []prompt.Row{c}, Tokens: len(c.Tokens)})
+		examples = append(examples, dataset.Example{Row: i, Candidates: []prompt.Row{row.row()}, Tokens: len(row.Tokens)})
 	}
 	var err error
 	if trainer.data, err = dataset.New(examples...); err != nil {
