@@ -467,6 +467,7 @@ func (r *goldenRun) export(t *testing.T, base string) string {
 			Rank: r.R, Alpha: r.LoraAlpha, MaxLength: 100,
 		},
 		Architecture: architectureOf(t, base), UseRSLoRA: r.UseRSLoRA, Heads: r.model.Heads.Query, KVHeads: r.model.Heads.KeyValue,
+		LayersToTransform: r.LayersToTransform,
 	}
 	for _, p := range r.lora.Parts {
 		a, b := r.lora.Matrices(r.lora.Parameters, p)
