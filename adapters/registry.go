@@ -66,9 +66,11 @@ type Registry struct {
 	store  *store.Store
 	logger *slog.Logger
 
-	mu     sync.Mutex
-	byName map[string]*entry
-	order  []*entry // oldest first
+	mu      sync.Mutex
+	byName  map[string]*entry
+	order   []*entry        // oldest first
+	hidden  map[string]bool // ids of deleted adapters whose files are still there
+	strange map[string]bool // directories that are no adapters, which was logged
 }
 
 type entry struct {
@@ -96,7 +98,7 @@ func Open(ctx context.Context, dir string, st *store.Store, opts Options) (_ *Re
 	if err != nil {
 		return nil, fmt.Errorf("adapters: %w", err)
 	}
-	r := &Registry{dir: dir, root: root, store: st, logger: opts.Logger, byName: map[string]*entry{}}
+	r := &Registry{dir: dir, root: root, store: st, logger: opts.Logger, byName: map[string]*entry{}, hidden: map[string]bool{}, strange: map[string]bool{}}
 	if err := r.load(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("adapters in %s: %w", dir, err), root.Close())
 	}
@@ -111,9 +113,7 @@ func (r *Registry) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	known := map[string]bool{}
 	for _, row := range rows {
-		known[row.ID] = true
 		if row.Deleted {
 			if err := r.remove(ctx, row.ID); err != nil {
 				return err
@@ -140,30 +140,55 @@ func (r *Registry) load(ctx context.Context) error {
 		return err
 	}
 	for _, d := range dirs {
-		if !d.IsDir() || known[d.Name()] {
-			continue
-		}
 		if strings.HasPrefix(d.Name(), importPrefix) { // an Import that was interrupted: its source is still there
 			if err := r.root.RemoveAll(d.Name()); err != nil {
 				return err
 			}
-			continue
-		}
-		m, err := r.check(d.Name())
-		if err == nil && r.byName[m.Name] != nil {
-			err = fmt.Errorf("its name %q is taken", m.Name)
-		}
-		if err != nil {
-			r.logger.Warn("left a directory alone that is not an adapter", "dir", filepath.Join(r.dir, d.Name()), "error", err)
-			continue
-		}
-		if err := r.store.PutAdapter(ctx, row(m)); err != nil {
+		} else if err := r.takeUp(ctx, d); err != nil {
 			return err
 		}
-		r.add(&entry{adapter: Adapter{Manifest: m, Dir: filepath.Join(r.dir, m.ID)}})
-		r.logger.Info("took up an adapter without a row", "adapter", m.Name)
 	}
 	return nil
+}
+
+// takeUp adds the adapter of a directory that has no row: the database was lost, or a server killed, or somebody put a
+// complete directory there. The caller holds r.mu, or is Open.
+func (r *Registry) takeUp(ctx context.Context, d fs.DirEntry) error {
+	known := func(e *entry) bool { return e.adapter.ID == d.Name() }
+	if !d.IsDir() || strings.HasPrefix(d.Name(), ".") || r.hidden[d.Name()] || slices.ContainsFunc(r.order, known) {
+		return nil
+	}
+	m, err := r.check(d.Name())
+	if err == nil && r.byName[m.Name] != nil {
+		err = fmt.Errorf("its name %q is taken", m.Name)
+	}
+	if err != nil {
+		if !r.strange[d.Name()] {
+			r.logger.Warn("left a directory alone that is not an adapter", "dir", filepath.Join(r.dir, d.Name()), "error", err)
+		}
+		r.strange[d.Name()] = true
+		return nil
+	}
+	if err := r.store.PutAdapter(ctx, row(m)); err != nil {
+		return err
+	}
+	r.add(&entry{adapter: Adapter{Manifest: m, Dir: filepath.Join(r.dir, m.ID)}})
+	r.logger.Info("took up an adapter without a row", "adapter", m.Name)
+	return nil
+}
+
+// look takes up what was put into the directory since the last look. What goes wrong is logged: the adapters that are
+// known serve on. The caller holds r.mu.
+func (r *Registry) look() {
+	dirs, err := fs.ReadDir(r.root.FS(), ".")
+	for _, d := range dirs {
+		if err == nil {
+			err = r.takeUp(context.Background(), d)
+		}
+	}
+	if err != nil {
+		r.logger.Error("look for new adapters", "dir", r.dir, "error", err)
+	}
 }
 
 // check reads the manifest of a published adapter and looks that its files are there, but does not hash them: a start
@@ -293,6 +318,9 @@ func (r *Registry) Lookup(name string) (Adapter, error) {
 }
 
 func (r *Registry) find(name string) (*entry, error) {
+	if r.byName[name] == nil {
+		r.look()
+	}
 	e := r.byName[name]
 	if e == nil {
 		return nil, fmt.Errorf("adapter %q: %w", name, ErrNotFound)
@@ -300,10 +328,12 @@ func (r *Registry) find(name string) (*entry, error) {
 	return e, e.broken
 }
 
-// List returns the adapters that can be served, oldest first.
+// List returns the adapters that can be served, oldest first. A complete directory that was put beside the others is
+// taken up by this, and by Lookup of its name.
 func (r *Registry) List() []Adapter {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.look()
 	list := make([]Adapter, 0, len(r.order))
 	for _, e := range r.order {
 		if e.broken == nil {
@@ -368,6 +398,7 @@ func (r *Registry) Delete(ctx context.Context, name string) error {
 	delete(r.byName, name)
 	r.order = slices.DeleteFunc(r.order, func(other *entry) bool { return other == e })
 	e.deleted = true
+	r.hidden[e.adapter.ID] = true
 	if e.users > 0 {
 		return nil
 	}
@@ -389,6 +420,7 @@ func (r *Registry) remove(ctx context.Context, id string) error {
 	if err := durable.SyncDir(r.dir); err != nil {
 		return err
 	}
+	delete(r.hidden, id)
 	return r.store.RemoveAdapter(ctx, id)
 }
 

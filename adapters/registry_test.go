@@ -288,3 +288,69 @@ func TestName(t *testing.T) {
 		}
 	}
 }
+
+// TestImport takes an adapter up whose directory stays its owner's.
+func TestImport(t *testing.T) {
+	t.Parallel()
+	h := openHome(t)
+	dir, _ := h.write("one")
+	if _, err := h.registry.Import(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.registry.Import(t.Context(), dir); err != nil {
+		t.Errorf("a second time: %v", err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	// What an interrupted import leaves is removed at the next start.
+	left := filepath.Join(h.dir, "adapters", ".import-x")
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.restart()
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is still there: %v", left, err)
+	}
+	list := h.registry.List()
+	if len(list) != 1 {
+		t.Fatalf("adapters %v", list)
+	}
+	if _, err := os.Stat(list[0].GGUF()); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.registry.Import(t.Context(), dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a directory that is gone: %v", err)
+	}
+}
+
+// TestTakeUp finds a directory that appears while the registry is open, and not one that was deleted.
+func TestTakeUp(t *testing.T) {
+	t.Parallel()
+	h := openHome(t)
+	dir, _ := h.write("two")
+	m, err := lora.ReadManifest(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.registry.Lookup(m.Name); !errors.Is(err, adapters.ErrNotFound) {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dir, filepath.Join(h.dir, "adapters", m.ID)); err != nil {
+		t.Fatal(err)
+	}
+	ref, err := h.registry.Acquire(m.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.registry.Delete(t.Context(), m.Name); err != nil {
+		t.Fatal(err)
+	}
+	if list := h.registry.List(); len(list) != 0 {
+		t.Errorf("a deleted adapter that is in use is back: %v", list)
+	}
+	ref.Release()
+	if list := h.registry.List(); len(list) != 0 {
+		t.Errorf("a deleted adapter is back: %v", list)
+	}
+}

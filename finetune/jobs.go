@@ -18,6 +18,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -218,7 +219,11 @@ func (j *Jobs) prepare(ctx context.Context, spec Spec) (store.Job, error) {
 		if err != nil {
 			return store.Job{}, err
 		}
-		if err := inherit(&spec.Options, from.Manifest); err != nil {
+		settings, err := lora.ReadSettings(from.Dir)
+		if err != nil {
+			return store.Job{}, fmt.Errorf("go on from %q: %w", from.Name, err)
+		}
+		if err := inherit(&spec.Options, from.Name, settings); err != nil {
 			return store.Job{}, err
 		}
 		base, start = from.BaseModel, from.Name

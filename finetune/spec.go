@@ -1,6 +1,7 @@
 package finetune
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -102,27 +103,31 @@ func fill[T comparable](option **T, requested *T, name, openai string) error {
 	return nil
 }
 
-// inherit makes the options those of the adapter that training goes on from: its shape cannot change.
-func inherit(o *child.TrainOptions, from lora.Manifest) error {
-	conflict := func(name string, value, has any) error {
-		return invalid("hone."+name, "", "%s is %v, and %s, from which the job goes on, has %v; leave %s out", name, value, from.Name, has, name)
+// inherit makes the options those of the adapter called name that training goes on from: its shape cannot change.
+func inherit(o *child.TrainOptions, name string, from lora.Settings) error {
+	conflict := func(option string, value, has any) error {
+		return invalid("hone."+option, "", "%s is %v, and %s, from which the job goes on, has %v; leave %s out", option, value, name, has, option)
 	}
+	layers := slices.Sorted(slices.Values(o.LayersToTransform))
 	switch modules := expanded(o.TargetModules); {
-	case o.R != nil && *o.R != from.Rank:
-		return conflict("r", *o.R, from.Rank)
-	case o.LoraAlpha != nil && *o.LoraAlpha != from.Alpha:
-		return conflict("lora_alpha", *o.LoraAlpha, from.Alpha)
+	case o.R != nil && *o.R != from.R:
+		return conflict("r", *o.R, from.R)
+	case o.LoraAlpha != nil && *o.LoraAlpha != from.LoRAAlpha:
+		return conflict("lora_alpha", *o.LoraAlpha, from.LoRAAlpha)
+	case o.UseRSLoRA != nil && *o.UseRSLoRA != from.UseRSLoRA:
+		return conflict("use_rslora", *o.UseRSLoRA, from.UseRSLoRA)
 	case modules != nil && !slices.Equal(modules, expanded(from.TargetModules)):
 		return conflict("target_modules", strings.Join(modules, ", "), strings.Join(from.TargetModules, ", "))
-	// The manifest's alpha is that of alpha / r, whichever way the adapter was trained.
-	case o.UseRSLoRA != nil && *o.UseRSLoRA:
-		return conflict("use_rslora", true, "a scale of its own")
-	case o.LayersToTransform != nil:
-		return conflict("layers_to_transform", o.LayersToTransform, "layers of its own")
+	case layers != nil && !slices.Equal(layers, slices.Sorted(slices.Values(from.LayersToTransform))):
+		has := "all"
+		if from.LayersToTransform != nil {
+			has = fmt.Sprint(from.LayersToTransform)
+		}
+		return conflict("layers_to_transform", o.LayersToTransform, has)
 	case o.InitLoraWeights != nil:
 		return conflict("init_lora_weights", *o.InitLoraWeights, "weights already")
 	}
-	o.R, o.LoraAlpha, o.UseRSLoRA, o.TargetModules = &from.Rank, &from.Alpha, new(false), from.TargetModules
+	o.R, o.LoraAlpha, o.UseRSLoRA, o.TargetModules, o.LayersToTransform = &from.R, &from.LoRAAlpha, &from.UseRSLoRA, from.TargetModules, from.LayersToTransform
 	return nil
 }
 

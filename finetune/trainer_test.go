@@ -230,15 +230,19 @@ func writeAdapter(config child.TrainerConfig) error {
 		return err
 	}
 	weights := []byte("weights of " + config.AdapterID)
+	settings := []byte(`{"r":16,"lora_alpha":32,"use_rslora":false,"target_modules":["q_proj","v_proj"],"layers_to_transform":null}`)
 	m := lora.Manifest{
 		ID: config.AdapterID, Name: config.AdapterName, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
-		Rank: 16, Alpha: 32, TargetModules: []string{"q_proj", "v_proj"}, Files: map[string]string{lora.GGUFFile: digestOf(weights)},
+		Rank: 16, Alpha: 32, TargetModules: []string{"q_proj", "v_proj"}, Files: map[string]string{lora.GGUFFile: digestOf(weights), lora.PEFTConfig: digestOf(settings)},
 	}
 	data, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
 	if err := os.WriteFile(filepath.Join(config.AdapterDir, lora.GGUFFile), weights, 0o600); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(config.AdapterDir, lora.PEFTConfig), settings, 0o600); err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(config.AdapterDir, lora.ManifestFile), data, 0o600)

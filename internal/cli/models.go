@@ -17,8 +17,11 @@ import (
 	"github.com/jedib0t/go-pretty/v6/text"
 	"github.com/spf13/cobra"
 
+	"github.com/hone-llm/hone/adapters"
+	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/models"
+	"github.com/hone-llm/hone/internal/store"
 )
 
 func newModelsCommand(s streams) *cobra.Command {
@@ -28,7 +31,7 @@ func newModelsCommand(s streams) *cobra.Command {
 		Args:  wrongUsage(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newModelsListCommand(s), newModelsAddCommand(s), newModelsRemoveCommand(s))
+	cmd.AddCommand(newModelsListCommand(s), newModelsAddCommand(s), newModelsAddAdapterCommand(s), newModelsRemoveCommand(s))
 	return cmd
 }
 
@@ -105,6 +108,65 @@ func newModelsAddCommand(s streams) *cobra.Command {
 	cmd.Flags().StringVar(&opts.Tokenizer, "tokenizer", "", "tokenizer.json of the model's Hugging Face repository")
 	cmd.Flags().StringVar(&opts.ChatTemplate, "chat-template", "", "Jinja file to use for chat in place of the template in the GGUF file")
 	return cmd
+}
+
+func newModelsAddAdapterCommand(s streams) *cobra.Command {
+	var base, suffix string
+	cmd := &cobra.Command{
+		Use:   "add-adapter DIR --base MODEL",
+		Short: "Make a LoRA adapter of PEFT, or of another hone, a tuned model",
+		Long: "DIR holds adapter_config.json and adapter_model.safetensors as PEFT saves them, or an adapter.gguf. It is compared with\n" +
+			"the base model and copied. A running server serves it at once, and jobs can go on from it.",
+		Example: "  hone models add-adapter ./my-lora --base llama-8b --suffix mine",
+		Args:    wrongUsage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, store, err := openModels(cmd, s)
+			if err != nil {
+				return err
+			}
+			model, err := store.Get(base)
+			if err != nil {
+				return err
+			}
+			name, err := addAdapter(args[0], model, suffix, filepath.Join(cfg.DataDir, "adapters"))
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(s.out, name)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&base, "base", "", "the base model that it was trained on")
+	cmd.Flags().StringVar(&suffix, "suffix", "", "part of the tuned model's name (default: the directory's name)")
+	_ = cmd.MarkFlagRequired("base") // an error means that there is no such flag
+	return cmd
+}
+
+// addAdapter writes the adapter in dir into the directory of all adapters, as a tuned model of base, and returns its name.
+func addAdapter(dir string, base models.Model, suffix, all string) (name string, err error) {
+	file, err := gguf.Open(filepath.Join(base.Dir, models.WeightsFile))
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	w, err := lora.Read(dir, file)
+	if err != nil {
+		return "", err
+	}
+	m := &w.Manifest
+	if m.BaseDigest != "" && m.BaseDigest != base.Digest {
+		return "", fmt.Errorf("%s was trained on %s with sha256 %.12s, and %s has %.12s", dir, m.BaseModel, m.BaseDigest, base.Name, base.Digest)
+	}
+	if suffix == "" {
+		if dir, err = filepath.Abs(dir); err != nil {
+			return "", err
+		}
+		suffix = filepath.Base(dir)
+	}
+	m.ID = store.NewID("", 8)
+	m.Name = adapters.Name(base.Name, suffix, m.ID)
+	m.BaseModel, m.BaseDigest, m.JobID, m.CreatedAt = base.Name, base.Digest, "", time.Now().Unix()
+	return m.Name, lora.Export(filepath.Join(all, m.ID), w)
 }
 
 func newModelsRemoveCommand(s streams) *cobra.Command {

@@ -54,6 +54,21 @@ func TestModels(t *testing.T) {
 	if err := os.WriteFile(broken, []byte("GGUF\x03\x00\x00\x00"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// As PEFT saves it: without the manifest and adapter.gguf.
+	peft := filepath.Join(t.TempDir(), "mine")
+	weights := lora.Weights{
+		Manifest:     lora.Manifest{ID: "x", Name: "ft:x:local::x", BaseModel: "x", BaseDigest: strings.Repeat("ab", 32), Rank: 1, Alpha: 2},
+		Architecture: "llama", Heads: 9, KVHeads: 3, LayersToTransform: []int{0},
+		Modules: []lora.Module{{Layer: 0, Name: "q_proj", In: 576, Out: 576, A: make([]float32, 576), B: make([]float32, 576)}},
+	}
+	if err := lora.Export(peft, weights); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{lora.ManifestFile, lora.GGUFFile} {
+		if err := os.Remove(filepath.Join(peft, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, tt := range []struct {
 		args   string
 		code   int
@@ -67,6 +82,10 @@ func TestModels(t *testing.T) {
 		{"pull", 0, "SmolLM2-135M-Instruct is here", ""},
 		{"pull smollm2-135m-instruct --name again", 0, "again is here", ""},
 		{"models list", 0, "b179c9523d0e", ""},
+		{"models add-adapter " + peft, 2, "", "base"},
+		{"models add-adapter " + peft + " --base none", 1, "", "no such model"},
+		{"models add-adapter " + home + " --base again", 1, "", "neither adapter_config.json nor adapter.gguf"},
+		{"models add-adapter " + peft + " --base SmolLM2-135M-Instruct --suffix a_b", 0, "ft:SmolLM2-135M-Instruct:local:a_b:", ""},
 		{"models rm again", 1, "", "again is the base of 1 tuned model, useless without it: ft:again:local:quiz:a1; delete"},
 		{"models rm again --force", 0, "removed again", ""},
 		{"models rm again", 1, "", "no such model"},
