@@ -10,27 +10,7 @@ import (
 	"testing"
 
 	"github.com/hone-llm/hone/internal/dataset"
-	"github.com/hone-llm/hone/internal/llama"
-	"github.com/hone-llm/hone/internal/modeltest"
-	"github.com/hone-llm/hone/internal/prompt"
 )
-
-// modelBuilder makes prompts of the default model.
-func modelBuilder(t testing.TB) *prompt.Builder {
-	t.Helper()
-	llama.Open(llama.Options{})
-	m, err := llama.LoadModel(modeltest.Path(t), llama.ModelOptions{VocabularyOnly: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(m.Close)
-	b, err := prompt.New(prompt.Options{Template: m.ChatTemplate(), Vocabulary: m})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { b.Close() })
-	return b
-}
 
 // questions writes n rows like the multiple-choice questions of the examples, 120 to 130 tokens each.
 func questions(t testing.TB, n int) string {
@@ -65,7 +45,7 @@ func questions(t testing.TB, n int) string {
 // BenchmarkOpen tokenizes 20,000 questions, and finds them in the cache.
 func BenchmarkOpen(b *testing.B) {
 	const rows = 20000
-	builder, path := modelBuilder(b), questions(b, rows)
+	builder, path := loadModel(b).chat, questions(b, rows)
 	for _, kind := range []string{"answers", "choices"} {
 		o := dataset.Options{MaxLength: 2048}
 		if kind == "choices" {
@@ -106,7 +86,7 @@ func BenchmarkOpen(b *testing.B) {
 // BenchmarkPack reads and packs an epoch in batches of eight.
 func BenchmarkPack(b *testing.B) {
 	const rows = 4000
-	d, err := dataset.Open(b.Context(), questions(b, rows), modelBuilder(b), dataset.Options{})
+	d, err := dataset.Open(b.Context(), questions(b, rows), loadModel(b).chat, dataset.Options{})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -100,6 +100,7 @@ func (v byteVocabulary) text(tokens []engine.Token) string {
 type golden struct {
 	Tokens        map[string][2]string
 	Conversations map[string][]wire.Message
+	Tools         map[string]json.RawMessage // of the conversations that have some
 	Cases         []struct {
 		Template         string
 		Conversation     string
@@ -164,7 +165,7 @@ func TestTextIsTransformersText(t *testing.T) {
 	for _, c := range g.Cases {
 		t.Run(fmt.Sprintf("%s/%s/%v", c.Template, c.Conversation, c.GenerationPrompt), func(t *testing.T) {
 			b, _ := model(t, c.Template)
-			text, err := prompt.Render(b, t.Context(), prompt.Chat{Messages: g.Conversations[c.Conversation]}, c.GenerationPrompt)
+			text, err := prompt.Render(b, t.Context(), prompt.Chat{Messages: g.Conversations[c.Conversation], Tools: g.Tools[c.Conversation]}, c.GenerationPrompt)
 			if c.Error != "" {
 				var message *prompt.MessageError
 				if !errors.As(err, &message) {

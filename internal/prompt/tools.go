@@ -12,9 +12,14 @@ import (
 
 // toolSupport is what a template writes of tools.
 type toolSupport struct {
-	definitions, calls, results bool
-	textArguments               bool  // it takes the arguments of a call as JSON text, not as an object
-	err                         error // the template refused the probe: what it supports is not known
+	definitions, calls, results probed
+	textArguments               bool // it takes the arguments of a call as JSON text, not as an object
+}
+
+// probed says whether a template writes something; err, that it refused the probe, so that this is not known.
+type probed struct {
+	written bool
+	err     error
 }
 
 // probeTools renders a conversation of names that no template has, and looks for them in the text. The identifier has
@@ -30,22 +35,18 @@ func (b *Builder) probeTools() toolSupport {
 
 	var s toolSupport
 	ctx := context.Background() // bounded by the limits of a rendering
-	defined, err := b.renderAs(ctx, Chat{[]wire.Message{question}, tools}, true, false)
-	if err != nil {
-		return toolSupport{err: err}
-	}
-	s.definitions = strings.Contains(defined, "probedname")
+	text, err := b.renderAs(ctx, Chat{[]wire.Message{question}, tools}, true, false)
+	s.definitions = probed{strings.Contains(text, "probedname"), err}
+
 	chat := Chat{[]wire.Message{question, call, result}, tools}
-	text, err := b.renderAs(ctx, chat, true, false)
+	text, err = b.renderAs(ctx, chat, true, false)
 	if err != nil {
-		if text, s.err = b.renderAs(ctx, chat, true, true); s.err != nil {
-			s.err = err
-			return s
+		if asText, textErr := b.renderAs(ctx, chat, true, true); textErr == nil {
+			text, err, s.textArguments = asText, nil, true
 		}
-		s.textArguments = true
 	}
-	s.calls = strings.Contains(text, "probedcall") && strings.Contains(text, "probedvalue")
-	s.results = strings.Contains(text, "probedresult")
+	s.calls = probed{strings.Contains(text, "probedcall") && strings.Contains(text, "probedvalue"), err}
+	s.results = probed{strings.Contains(text, "probedresult"), err}
 	return s
 }
 
@@ -69,33 +70,32 @@ func (b *Builder) checkTools(ctx context.Context, chat Chat) error {
 		case len(m.ToolCalls) > 0 && m.Role != "assistant":
 			return &MessageError{Message: i, Err: fmt.Errorf("tool_calls in a message of role %q: only an assistant's has them", m.Role)}
 		case len(m.ToolCalls) > 0:
-			if err := b.writes(ctx, chat, "tool_calls", i, func(s toolSupport) bool { return s.calls }); err != nil {
+			if err := b.writes(ctx, chat, "tool_calls", i, b.tools().calls); err != nil {
 				return err
 			}
 		case m.Role == "tool":
-			if err := b.writes(ctx, chat, `messages of role "tool"`, i, func(s toolSupport) bool { return s.results }); err != nil {
+			if err := b.writes(ctx, chat, `messages of role "tool"`, i, b.tools().results); err != nil {
 				return err
 			}
 		}
 	}
 	if defines {
-		return b.writes(ctx, chat, "tools", -1, func(s toolSupport) bool { return s.definitions })
+		return b.writes(ctx, chat, "tools", -1, b.tools().definitions)
 	}
 	return nil
 }
 
 // writes reports that the template does not write a part of a conversation.
-func (b *Builder) writes(ctx context.Context, chat Chat, what string, message int, has func(toolSupport) bool) error {
-	s := b.tools()
-	err := s.err
-	if err != nil {
+func (b *Builder) writes(ctx context.Context, chat Chat, what string, message int, p probed) error {
+	err := p.err
+	switch {
+	case err == nil && p.written:
+		return nil
+	case err != nil:
 		// It may take the row although it does not take the probe.
-		_, err = b.render(ctx, chat, false)
-		if err == nil || ctx.Err() != nil {
+		if _, err = b.render(ctx, chat, false); err == nil || ctx.Err() != nil {
 			return err
 		}
-	} else if has(s) {
-		return nil
 	}
 	reason := fmt.Sprintf("the model's chat template does not write %s, so the model could not learn them: "+
 		"take a base model whose template knows tools, or give the model directory a chat_template.jinja that does", what)

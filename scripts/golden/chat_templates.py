@@ -47,6 +47,16 @@ CONVERSATIONS = {
     ],
 }
 
+CONVERSATIONS["tools defined"] = CONVERSATIONS["system"]
+CONVERSATIONS["tools called"] = CONVERSATIONS["tools"] + [{"role": "assistant", "content": "Sunny."}]
+
+# Tools of the conversations that have some, as OpenAI's API has them.
+WEATHER = {"type": "function", "function": {
+    "name": "weather", "description": "The weather of a city, 天气", "strict": True,
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "default": 1.5}}, "required": ["city"]}}}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+TOOLS = {"tools defined": [WEATHER, CLOCK], "tools called": [WEATHER]}
+
 
 def raise_exception(message):
     raise jinja2.exceptions.TemplateError(message)
@@ -68,7 +78,7 @@ for name, (bos, eos) in TOKENS.items():
             case = {"template": name, "conversation": conversation, "generation_prompt": generation}
             try:
                 case["text"] = template.render(
-                    messages=messages, tools=None, documents=None, add_generation_prompt=generation, bos_token=bos, eos_token=eos)
+                    messages=messages, tools=TOOLS.get(conversation), documents=None, add_generation_prompt=generation, bos_token=bos, eos_token=eos)
             except jinja2.exceptions.TemplateError as e:
                 case["error"] = str(e)
             except TypeError as e:  # None + str in a template that knows no tool calls
@@ -82,6 +92,6 @@ for name, conversation in CONVERSATIONS.items():
         for call in message.get("tool_calls", []):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     messages[name] = conversation
-out = {"tokens": TOKENS, "conversations": messages, "cases": cases}
+out = {"tokens": TOKENS, "conversations": messages, "tools": TOOLS, "cases": cases}
 (TESTDATA / "rendered.json").write_text(json.dumps(out, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 print(f"{len(cases)} renderings")
