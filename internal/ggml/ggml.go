@@ -317,12 +317,12 @@ func lastSize(t Tensor) int { return t.Elements() / t.Size(0) }
 // torch.nn.Dropout. Seeds [T] int32 holds one seed a token; the zero Dropout keeps everything.
 type Dropout struct {
 	Seeds  Tensor
-	Module int // different modules have independent masks
-	P      float64
+	Module int     // different modules have independent masks
+	P      float64 // less than 1; rounded to a multiple of 2^-16
 }
 
 func (d Dropout) params() []C.int32_t {
-	return []C.int32_t{C.int32_t(d.Module), C.int32_t(int32(uint32(d.P * (1 << 32))))}
+	return []C.int32_t{C.int32_t(d.Module), C.int32_t(math.Round(d.P * (1 << 16)))}
 }
 
 // LoRADown is x w^T with dropout on x: x [in, T], w [in, r] (r rows of in) -> [r, T]. r is a multiple of 16.

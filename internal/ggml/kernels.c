@@ -78,44 +78,103 @@ static float *scratch(size_t n) {
 // ---- one small matrix product -----------------------------------------------------------------------------------
 // C[m][n] = (acc ? C : 0) + alpha * sum over k of A[m*am + k*ak] * B[k*ldb + n]; N is a multiple of 16.
 
-INLINE void tile(const int MR, const int NV, int K, const float *A, size_t am, size_t ak, const float *B, size_t ldb, float *C, size_t ldc, float alpha, int acc) {
-	vec c[MR][NV];
-	for (int i = 0; i < MR; i++)
-		for (int j = 0; j < NV; j++) c[i][j] = splat(0.f);
-	for (int k = 0; k < K; k++) {
-		vec b[NV];
-		for (int j = 0; j < NV; j++) b[j] = load(B + k * ldb + j * W);
-		for (int i = 0; i < MR; i++) {
-			float a = A[i * am + k * ak];
-			for (int j = 0; j < NV; j++) c[i][j] += a * b[j];
-		}
-	}
-	for (int i = 0; i < MR; i++)
-		for (int j = 0; j < NV; j++) {
-			float *p = C + i * ldc + j * W;
-			vec v = alpha * c[i][j];
-			store(p, acc ? load(p) + v : v);
-		}
-}
-
-#define COLUMNS(NV, MR)                                                                       \
-	for (; n + NV * W <= N; n += NV * W) {                                                    \
-		int m = 0;                                                                            \
-		for (; m + MR <= M; m += MR) tile(MR, NV, K, A + m * am, am, ak, B + n, ldb, C + m * ldc + n, ldc, alpha, acc); \
-		for (; m < M; m++) tile(1, NV, K, A + m * am, am, ak, B + n, ldb, C + m * ldc + n, ldc, alpha, acc); \
+// A tile is MR rows and NV vectors of C. The sizes are constants in macros, so that the sums are kept in registers: an
+// array of a size that is a parameter lies in memory.
+#define TILE(MR, NV)                                                                                                                  \
+	static void tile_##MR##_##NV(int K, const float *A, size_t am, size_t ak, const float *B, size_t ldb, float *C, size_t ldc, float alpha, int acc) { \
+		vec c[MR][NV];                                                                                                                  \
+		_Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) c[i][j] = splat(0.f); \
+		for (int k = 0; k < K; k++, A += ak, B += ldb) {                                                                                \
+			vec b[NV];                                                                                                                  \
+			_Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) b[j] = load(B + j * W);                                                \
+			_Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) {                                                                     \
+				float a = A[i * am];                                                                                                    \
+				_Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) c[i][j] += a * b[j];                                               \
+			}                                                                                                                           \
+		}                                                                                                                               \
+		_Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) {                     \
+			float *p = C + i * ldc + j * W;                                                                                             \
+			vec v = alpha * c[i][j];                                                                                                    \
+			store(p, acc ? load(p) + v : v);                                                                                            \
+		}                                                                                                                               \
 	}
 
+#if defined(__AVX512F__) // 32 registers of one vec
+TILE(6, 4)
+TILE(4, 4)
+TILE(2, 4)
+TILE(1, 4)
+TILE(12, 2)
+TILE(6, 2)
+TILE(2, 2)
+TILE(1, 2)
+TILE(14, 1)
+TILE(7, 1)
+TILE(3, 1)
+TILE(1, 1)
+#define ROWS(MR, NV) \
+	for (; m + MR <= M; m += MR) tile_##MR##_##NV(K, A + m * am, am, ak, B + n, ldb, C + m * ldc + n, ldc, alpha, acc);
 static void gemm(int M, int N, int K, const float *A, size_t am, size_t ak, const float *B, size_t ldb, float *C, size_t ldc, float alpha, int acc) {
 	int n = 0;
-	COLUMNS(4, 6)
-	COLUMNS(2, 8)
-	COLUMNS(1, 12)
+	for (; n + 4 * W <= N; n += 4 * W) {
+		int m = 0;
+		ROWS(6, 4) ROWS(4, 4) ROWS(2, 4) ROWS(1, 4)
+	}
+	for (; n + 2 * W <= N; n += 2 * W) {
+		int m = 0;
+		ROWS(12, 2) ROWS(6, 2) ROWS(2, 2) ROWS(1, 2)
+	}
+	for (; n < N; n += W) {
+		int m = 0;
+		ROWS(14, 1) ROWS(7, 1) ROWS(3, 1) ROWS(1, 1)
+	}
 }
+#else // 16 registers of half a vec (AVX2), or 32 of a quarter (NEON)
+TILE(6, 1)
+TILE(3, 1)
+TILE(1, 1)
+#define ROWS(MR, NV) \
+	for (; m + MR <= M; m += MR) tile_##MR##_##NV(K, A + m * am, am, ak, B + n, ldb, C + m * ldc + n, ldc, alpha, acc);
+static void gemm(int M, int N, int K, const float *A, size_t am, size_t ak, const float *B, size_t ldb, float *C, size_t ldc, float alpha, int acc) {
+	for (int n = 0; n < N; n += W) {
+		int m = 0;
+		ROWS(6, 1) ROWS(3, 1) ROWS(1, 1)
+	}
+}
+#endif
+
+#if __has_builtin(__builtin_shufflevector)
+INLINE void transpose16(const float *src, size_t lds, float *dst, size_t ldd) {
+	vec r[W], t[W];
+#pragma GCC unroll 16
+	for (int i = 0; i < W; i++) r[i] = load(src + i * lds);
+		// Four rounds, each merging row i of the upper half with row i of the lower half, transpose 2^4 x 2^4 elements.
+#define ROUND(from, to)                                                                                                                  \
+	_Pragma("GCC unroll 8") for (int i = 0; i < W / 2; i++) {                                                                             \
+		to[2 * i] = __builtin_shufflevector(from[i], from[i + W / 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);            \
+		to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + W / 2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);  \
+	}
+	ROUND(r, t) ROUND(t, r) ROUND(r, t) ROUND(t, r)
+#pragma GCC unroll 16
+	for (int i = 0; i < W; i++) store(dst + i * ldd, r[i]);
+}
+#else
+INLINE void transpose16(const float *src, size_t lds, float *dst, size_t ldd) {
+	for (int r = 0; r < W; r++)
+		for (int c = 0; c < W; c++) dst[c * ldd + r] = src[r * lds + c];
+}
+#endif
 
 static void transpose(const float *src, size_t lds, int rows, int cols, float *dst, size_t ldd) {
-	for (int r0 = 0; r0 < rows; r0 += W)
-		for (int c = 0; c < cols; c++)
-			for (int r = r0; r < rows && r < r0 + W; r++) dst[c * ldd + r] = src[r * lds + c];
+	for (int r = 0; r < rows; r += W)
+		for (int c = 0; c < cols; c += W) {
+			if (rows - r >= W && cols - c >= W) {
+				transpose16(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+				continue;
+			}
+			for (int i = c; i < cols && i < c + W; i++)
+				for (int j = r; j < rows && j < r + W; j++) dst[i * ldd + j] = src[j * lds + i];
+		}
 }
 
 // ---- helpers of the operations ----------------------------------------------------------------------------------
@@ -416,8 +475,9 @@ static void op_sum_heads(struct ggml_tensor *dst, int ith, int nth, void *u) {
 }
 
 // ---- LoRA --------------------------------------------------------------------------------------------------------
-// Dropout zeroes an element with probability p = threshold / 2^32 and multiplies the others by 1/(1-p), as
-// torch.nn.Dropout. The mask is a hash of (token seed, module, element), so the backward pass finds it again.
+// Dropout zeroes an element with probability p, rounded to a multiple of 2^-16, and multiplies the others by 1/(1-p), as
+// torch.nn.Dropout. The mask is a hash of (token seed, module, element), so the backward pass finds it again: element
+// i of a row's 32 takes the low half of hash i mod 16 if i < 16, else the high half.
 
 INLINE uvec mix(uvec x) { // lowbias32
 	x ^= x >> 16;
@@ -429,40 +489,47 @@ INLINE uvec mix(uvec x) { // lowbias32
 
 struct dropout {
 	const uint32_t *seeds;
-	uint32_t module, threshold;
+	uint32_t module, threshold; // p * 2^16
 	float keep;
 };
 
 static struct dropout dropout_of(const struct ggml_tensor *seeds, const int32_t *p) {
 	struct dropout d = {seeds ? seeds->data : NULL, p[0], p[1], 0};
-	d.keep = (float)(1.0 / (1.0 - d.threshold / 4294967296.0));
+	d.keep = (float)(1.0 / (1.0 - d.threshold / 65536.0));
 	return d;
 }
 
 static const uvec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// drop applies the mask of token t to elements [i0, i0+n) of its row: y = x * mask / (1-p), added to y if acc.
-static void drop(const struct dropout *d, int64_t t, int64_t i0, int64_t n, const float *x, float *y, int acc) {
-	uint32_t key = d->seeds[t] ^ (d->module * 0x9e3779b9u);
-	for (int64_t i = 0; i < n; i += W) {
-		uvec h = mix(((uvec){} + (uint32_t)(i0 + i) + lanes) * 0x85ebca6bu + key);
-		vec v = pick((ivec)(h >= d->threshold), load(x + i) * d->keep, splat(0.f));
+// drop applies the mask of token t to elements [i0, i0+n) of its row, i0 a multiple of 32: y = x * mask / (1-p), added
+// to y if acc.
+INLINE void drop(const struct dropout *d, int64_t t, int64_t i0, int64_t n, const float *x, float *y, int acc) {
+	uvec counter = ((uvec){} + (uint32_t)(i0 / 2) + lanes) * 0x85ebca6bu + (d->seeds[t] ^ (d->module * 0x9e3779b9u));
+	uvec limit = (uvec){} + (d->threshold << 16);
+	for (int64_t i = 0; i < n; i += 2 * W) {
+		uvec h = mix(counter);
+		counter += 0x85ebca6bu * W;
+		vec v = pick((ivec)(h << 16 >= limit), load(x + i) * d->keep, splat(0.f));
 		store(y + i, acc ? load(y + i) + v : v);
+		if (i + W == n) break;
+		v = pick((ivec)(h >= limit), load(x + i + W) * d->keep, splat(0.f));
+		store(y + i + W, acc ? load(y + i + W) + v : v);
 	}
 }
 
-enum { TB = 48 }; // tokens at a time: their rows stay in the second-level cache
+// TB tokens at a time: their rows stay in the first or second-level cache.
+enum { TB = 48, DOWN_TB = 28 };
 
 static void op_lora_down(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
 	const struct ggml_tensor *x = dst->src[0], *w = dst->src[1];
 	int64_t n = x->ne[0], r = w->ne[1], from, to;
 	struct dropout drp = dropout_of(dst->src[2], params(dst));
-	float *wt = scratch(n * r + (drp.seeds ? TB * n : 0)), *xd = wt + n * r;
+	float *wt = scratch(n * r + (drp.seeds ? DOWN_TB * n : 0)), *xd = wt + n * r;
 	transpose(w->data, n, r, n, wt, r);
 	share(x->ne[1], 1, ith, nth, &from, &to);
-	for (int64_t t = from; t < to; t += TB) {
-		int m = to - t < TB ? to - t : TB;
+	for (int64_t t = from; t < to; t += DOWN_TB) {
+		int m = to - t < DOWN_TB ? to - t : DOWN_TB;
 		const float *xr = (const float *)x->data + t * n;
 		if (drp.seeds) {
 			for (int i = 0; i < m; i++) drop(&drp, t + i, 0, n, xr + i * n, xd + i * n, 0);
@@ -499,14 +566,14 @@ static void op_lora_outer(struct ggml_tensor *dst, int ith, int nth, void *unuse
 	int64_t n = x->ne[0], r = u->ne[0], T = x->ne[1], from, to;
 	float scale = paramf(dst, 2);
 	struct dropout drp = dropout_of(dst->src[3], params(dst));
-	share(n, W, ith, nth, &from, &to); // columns: each task sums over all tokens, in order
+	share(n, 2 * W, ith, nth, &from, &to); // columns: each task sums over all tokens, in order
 	if (from == to) return;
 	for (int64_t t = 0; t < T; t += TB) {
 		int m = T - t < TB ? T - t : TB;
 		const float *xr = (const float *)x->data + t * n + from;
 		size_t ldx = n;
 		if (drp.seeds) {
-			float *xd = scratch(TB * n);
+			float *xd = scratch(TB * (to - from));
 			for (int i = 0; i < m; i++) drop(&drp, t + i, from, to - from, xr + i * n, xd + i * (to - from), 0);
 			xr = xd;
 			ldx = to - from;

@@ -1,5 +1,7 @@
 package reference
 
+import "math"
+
 // Site is one linear layer of the model.
 type Site struct {
 	Layer  int
@@ -43,21 +45,28 @@ func (m *Model) NewLoRA(rank int, scale float64, sites []Site) *LoRA {
 // Mask is what dropout multiplies an element of a site's input by: 0, or 1/(1-p). seed is the token's (engine.Batch.Seeds).
 type Mask func(site Site, seed uint32, element int) float64
 
-// Dropout is torch.nn.Dropout(p) with the masks of the engines: element i of a token is dropped where a hash of (seed,
-// module, i) is below p. The hash is lowbias32, https://github.com/skeeto/hash-prospector.
+// Dropout is torch.nn.Dropout(p) with the masks of the engines: element i of a token is dropped where 16 bits of a
+// hash of (seed, module, i) are below p, which is rounded to a multiple of 2^-16. Elements 16 apart in a block of 32
+// share a hash, its low and its high half. The hash is lowbias32, https://github.com/skeeto/hash-prospector.
 func Dropout(p float64) Mask {
-	threshold := uint32(p * (1 << 32))
-	keep := 1 / (1 - float64(threshold)/(1<<32))
+	threshold := uint32(math.Round(p * (1 << 16)))
+	keep := 1 / (1 - float64(threshold)/(1<<16))
 	number := map[Module]uint32{}
 	for i, m := range Modules {
 		number[m] = uint32(i)
 	}
 	return func(site Site, seed uint32, element int) float64 {
 		module := uint32(site.Layer*len(Modules)) + number[site.Module]
-		x := uint32(element)*0x85ebca6b + (seed ^ module*0x9e3779b9)
+		x := uint32(element/32*16+element%16)*0x85ebca6b + (seed ^ module*0x9e3779b9)
 		x = (x ^ x>>16) * 0x7feb352d
 		x = (x ^ x>>15) * 0x846ca68b
-		if x ^= x >> 16; x < threshold {
+		x ^= x >> 16
+		if element&16 == 0 {
+			x &= 0xffff
+		} else {
+			x >>= 16
+		}
+		if x < threshold {
 			return 0
 		}
 		return keep
