@@ -16,6 +16,7 @@ package ggml
 #include "kernels.h"
 
 static void to_float(unsigned int type, const void *src, float *dst, int64_t n) { ggml_get_type_traits(type)->to_float(src, dst, n); }
+static void from_float(unsigned int type, const float *src, void *dst, int64_t n) { ggml_get_type_traits(type)->from_float_ref(src, dst, n); }
 static bool has_to_float(unsigned int type) { return ggml_get_type_traits(type)->to_float != 0; }
 static struct ggml_context *new_context(size_t bytes) {
 	struct ggml_init_params p = { bytes, NULL, true };
@@ -42,10 +43,12 @@ type Type int32
 
 // The types that tensors of our own have; a model's weights may have any type of the file format.
 const (
-	F32  Type = C.HONE_GGML_TYPE_F32
-	I8   Type = C.HONE_GGML_TYPE_I8 // also raw bytes
-	I32  Type = C.HONE_GGML_TYPE_I32
-	BF16 Type = C.HONE_GGML_TYPE_BF16
+	F32   Type = C.HONE_GGML_TYPE_F32
+	I8    Type = C.HONE_GGML_TYPE_I8 // also raw bytes
+	I32   Type = C.HONE_GGML_TYPE_I32
+	BF16  Type = C.HONE_GGML_TYPE_BF16
+	Q8_0  Type = C.HONE_GGML_TYPE_Q8_0
+	IQ4NL Type = C.HONE_GGML_TYPE_IQ4_NL
 )
 
 // ErrAborted reports a computation that Backend.Abort ended.
@@ -73,6 +76,19 @@ func Dequantize(dst []float32, t Type, src []byte) {
 		return
 	}
 	C.to_float(C.uint(t), unsafe.Pointer(&src[0]), (*C.float)(&dst[0]), C.int64_t(len(dst)))
+}
+
+// Quantize stores src, whole blocks of type t, in dst. BF16 rounds to nearest; the quantised types are ggml's
+// reference quantisations without an importance matrix.
+func Quantize(dst []byte, t Type, src []float32) {
+	if len(src) == 0 {
+		return
+	}
+	if t == F32 {
+		copy(unsafe.Slice((*float32)(unsafe.Pointer(&dst[0])), len(src)), src)
+		return
+	}
+	C.from_float(C.uint(t), (*C.float)(&src[0]), unsafe.Pointer(&dst[0]), C.int64_t(len(src)))
 }
 
 // Tensor is a node or a leaf. It belongs to its Context and is invalid after Context.Free.

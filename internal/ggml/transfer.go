@@ -12,6 +12,13 @@ import (
 // SetFloats copies values into the beginning of an allocated float32 tensor, wherever its memory is.
 func (t Tensor) SetFloats(values []float32) { set(t, values) }
 
+// SetFloatsAt copies values into an allocated float32 tensor from element offset on.
+func (t Tensor) SetFloatsAt(values []float32, offset int) {
+	if len(values) > 0 {
+		C.ggml_backend_tensor_set(t.c, unsafe.Pointer(&values[0]), C.size_t(4*offset), C.size_t(4*len(values)))
+	}
+}
+
 // SetInts copies values into the beginning of an allocated int32 tensor, wherever its memory is.
 func (t Tensor) SetInts(values []int32) { set(t, values) }
 

@@ -9,9 +9,14 @@ import (
 // CPU (fused.go), ggml's own operations elsewhere (plain.go), which also run on the CPU as the reference of the fused
 // ones. Tensors are float32, contiguous, [width, T] in ne order; T is the number of tokens.
 type blocks interface {
-	// begin describes the inputs that the blocks need besides those of the step and returns a function that fills
-	// them once they have memory.
-	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func())
+	// limits bounds a step's graph.
+	limits(vocabulary int) limits
+	// begin describes the inputs that the blocks need besides those of the step, at most extraInputs, and returns a
+	// function that fills them once they have memory.
+	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func(), err error)
+	// weigh sets the targets' weights: once before the computation, and again after Batch.Weigh.
+	weigh(s *step, b engine.Batch, weights []float32)
+	close()
 
 	// input is x as matmul takes it: computed once, used by every weight of the same layout that multiplies x.
 	input(s *step, w weight, x ggml.Tensor) input
@@ -43,6 +48,13 @@ type blocks interface {
 	// which may take their place, or an invalid tensor without backward.
 	loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor
 }
+
+type limits struct {
+	nodesPerLayer int // operations and views of a layer, forward and backward
+	headTokens    int // positions that the head takes at once: its logits are headTokens x vocabulary float32 values
+}
+
+const extraInputs = 16
 
 // input is x [in, tokens] in the form that a layout's matmul takes it.
 type input struct {

@@ -8,7 +8,13 @@ import (
 // fused are the blocks of the CPU: custom operations that compute what plain.go composes from ggml's own.
 type fused struct{}
 
-func (fused) begin(*step, engine.Batch, *ggml.Context) func() { return func() {} }
+func (fused) limits(int) limits { return limits{nodesPerLayer: 200, headTokens: 128} }
+
+func (fused) begin(*step, engine.Batch, *ggml.Context) (func(), error) { return func() {}, nil }
+
+func (fused) weigh(s *step, _ engine.Batch, weights []float32) { s.targets.weights.SetFloats(weights) }
+
+func (fused) close() {}
 
 func (fused) input(s *step, w weight, x ggml.Tensor) input {
 	in := input{x, x.Size(1)}

@@ -18,7 +18,7 @@ const (
 )
 
 // Layout says how the weights are stored: Forward those that the forward pass multiplies, Backward their transposes;
-// each F32, BF16, Packed or Stored.
+// each F32, BF16, Packed or Stored; plain_weights.go has those of GPUs.
 type Layout struct{ Forward, Backward ggml.Type }
 
 // ExactLayout is the default: activations and losses are those of the weights as served, and gradients are off by far
@@ -54,7 +54,7 @@ func ParseLayout(text string) (Layout, error) {
 	var l Layout
 	for i, name := range []string{forward, backward} {
 		found := false
-		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, Packed, Stored} {
+		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, ggml.Q8_0, ggml.IQ4NL, Packed, Stored} {
 			if storageName(t) == name {
 				*[]*ggml.Type{&l.Forward, &l.Backward}[i], found = t, true
 			}
@@ -76,7 +76,7 @@ func storageBytes(t ggml.Type, in, out int) int {
 	case ggml.BF16:
 		return 2 * in * out
 	}
-	return 4 * in * out
+	return ggml.RowBytes(t, in) * out
 }
 
 // WeightBytes is the memory that Load will allocate for a model of this shape, in bytes, embedding aside.

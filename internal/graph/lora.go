@@ -83,8 +83,8 @@ func (o LoRAOptions) Scale() float64 {
 	return o.Alpha / float64(o.Rank)
 }
 
-// Part is one trained matrix pair inside a LoRA's flat arrays. The rank is padded to a multiple of 16; the padding
-// rows are and stay 0, and so do their gradients.
+// Part is one trained matrix pair inside a LoRA's flat arrays. The rank is padded to a multiple of 16 (of 8
+// on a GPU); the padding rows are and stay 0, and so do their gradients.
 type Part struct {
 	Layer   int
 	Module  Module
@@ -102,6 +102,9 @@ type LoRA struct {
 	parameters, gradients ggml.Tensor
 	context               *ggml.Context
 	buffer                *ggml.Buffer
+
+	apart [2]*ggml.Buffer // of Parameters and Gradients where the host cannot reach the device's memory
+	host  bool
 }
 
 // NewLoRA allocates an adapter whose weights are all 0.
@@ -112,7 +115,11 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 	if o.Dropout < 0 || o.Dropout >= 1 {
 		return nil, fmt.Errorf("dropout %g: expected at least 0 and less than 1", o.Dropout)
 	}
-	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank)}
+	_, gpu := m.backend.Device()
+	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank), host: !gpu}
+	if gpu {
+		l.PaddedRank = (o.Rank + 7) / 8 * 8
+	}
 	l.Modules = slices.Compact(slices.Sorted(slices.Values(o.Modules)))
 	layers := slices.Compact(slices.Sorted(slices.Values(o.Layers)))
 	if len(layers) == 0 {
@@ -141,9 +148,14 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 		l.context.Free()
 		return nil, fmt.Errorf("adapter of rank %d: %w", o.Rank, err)
 	}
-	l.Parameters, l.Gradients = l.parameters.Floats(), l.gradients.Floats()
-	clear(l.Parameters)
-	clear(l.Gradients)
+	if l.host {
+		l.Parameters, l.Gradients = l.parameters.Floats(), l.gradients.Floats()
+		clear(l.Parameters)
+		clear(l.Gradients)
+	} else {
+		l.Parameters, l.apart[0] = m.backend.HostFloats(size)
+		l.Gradients, l.apart[1] = m.backend.HostFloats(size)
+	}
 	return l, nil
 }
 
@@ -153,7 +165,27 @@ func paddedRank(rank int) int { return (rank + 15) / 16 * 16 }
 func (l *LoRA) Close() {
 	if l != nil {
 		l.buffer.Free()
+		l.apart[0].Free()
+		l.apart[1].Free()
 		l.context.Free()
+	}
+}
+
+// toDevice copies Parameters, and with gradients Gradients, to where the graph uses them; fromDevice copies Gradients
+// back. Each is one transfer.
+func (l *LoRA) toDevice(gradients bool) {
+	if l == nil || l.host {
+		return
+	}
+	l.parameters.SetFloats(l.Parameters)
+	if gradients {
+		l.gradients.SetFloats(l.Gradients)
+	}
+}
+
+func (l *LoRA) fromDevice() {
+	if !l.host {
+		l.gradients.GetFloats(l.Gradients)
 	}
 }
 

@@ -64,11 +64,15 @@ type Model struct {
 	norm        ggml.Tensor
 	head        linear
 	ropeFactors ggml.Tensor
+
+	inspect func(*ggml.Graph) // tests look at a step's graph
 }
 
 // Load copies the weights of a model file to the backend, in the layout's types; the file's own mapping may be closed
 // afterwards. A model that cannot be trained gives *UnsupportedError before memory is allocated; Estimate says how much
 // it will take.
+//
+// A GPU computes the plain blocks. One backend is for one model: see ggml.OpenGPU.
 func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 	l, err := describe(f, backend, layout)
 	if err != nil {
@@ -79,6 +83,7 @@ func Load(f *gguf.File, backend *ggml.Backend, layout Layout) (*Model, error) {
 		m.Close()
 		return nil, fmt.Errorf("weights: %w", err)
 	}
+	m.buffer.Weights()
 	inParallel(l.fills)
 	return m, nil
 }
@@ -97,12 +102,15 @@ func describe(f *gguf.File, backend *ggml.Backend, layout Layout) (*loader, erro
 	}
 	tensors := shape.Layers*(2*int(modules)+7) + 6
 	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}, context: ggml.NewContext(tensors, 0), mapped: ggml.NewContext(tensors, 0), allocator: backend.NewAllocator()}
+	if _, gpu := backend.Device(); gpu {
+		m.blocks = &plain{backend: backend}
+	}
 	l := &loader{model: m}
 	if m.file, err = gguf.Open(f.Path); err != nil {
 		m.Close()
 		return nil, err
 	}
-	if m.embedding, err = l.stored("token_embd.weight", shape.Embedding, shape.Vocabulary); err != nil {
+	if m.embedding, err = l.pickable("token_embd.weight", shape.Embedding, shape.Vocabulary); err != nil {
 		l.errs = append(l.errs, err)
 	}
 	head := "output.weight"
@@ -179,6 +187,10 @@ func (l *loader) matrix(name string, in, out int) linear {
 	if err != nil {
 		l.errs = append(l.errs, err)
 	} else if m.Forward != Stored || m.Backward != Stored {
+		if _, gpu := m.backend.Device(); gpu {
+			l.fills = append(l.fills, pair.uploads(m.file.Data(src), ggml.Type(src.Type))...)
+			return pair
+		}
 		l.fills = append(l.fills, func() { pair.fill(m.file.Data(src), ggml.Type(src.Type)) })
 	}
 	return pair
@@ -253,6 +265,7 @@ func (m *Model) Close() {
 		return
 	}
 	m.allocator.Free()
+	m.blocks.close()
 	m.buffer.Free()
 	m.context.Free()
 	m.mapped.Free()

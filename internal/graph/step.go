@@ -8,12 +8,6 @@ import (
 	"github.com/hone-llm/hone/internal/ggml"
 )
 
-// headTokens is how many positions the head takes at once: its logits are headTokens x vocabulary float32 values.
-const headTokens = 128
-
-// nodesPerLayer bounds the graph's nodes (operations and views) of a layer, forward and backward.
-const nodesPerLayer = 200
-
 // step is the graph of one micro-batch while it is built.
 type step struct {
 	*Model
@@ -76,8 +70,9 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		return engine.Result{}, nil, err
 	}
 	t, n := len(b.Tokens), len(b.Targets)
-	positions, columns, chunks := split(b.Targets)
-	inputs := ggml.NewContext(24, 0)
+	limits := m.blocks.limits(m.Vocabulary)
+	positions, columns, chunks := split(b.Targets, limits.headTokens)
+	inputs := ggml.NewContext(16+extraInputs, 0)
 	defer inputs.Free()
 	tokens := inputs.New(ggml.I32, t)
 	s := &step{
@@ -96,7 +91,10 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	if wantLogits {
 		s.targets.logits = inputs.New(ggml.F32, m.Vocabulary, len(positions))
 	}
-	fill := m.blocks.begin(s, b, inputs)
+	fill, err := m.blocks.begin(s, b, inputs)
+	if err != nil {
+		return engine.Result{}, nil, err
+	}
 	buffer, err := inputs.Allocate(m.backend)
 	if err != nil {
 		return engine.Result{}, nil, err
@@ -116,13 +114,14 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		labels[i], weights[i] = int32(target.Label), target.Weight
 	}
 	s.targets.labels.SetInts(labels)
-	s.targets.weights.SetFloats(weights)
+	m.blocks.weigh(s, b, weights)
 	if s.seeds.Valid() {
 		s.seeds.SetInts(ints(b.Seeds))
 	}
 	fill()
+	lora.toDevice(train)
 
-	nodes := m.Layers*nodesPerLayer + 60*(len(chunks)+2)
+	nodes := m.Layers*limits.nodesPerLayer + 60*(len(chunks)+2)
 	s.ctx = ggml.NewContext(nodes, nodes)
 	defer s.ctx.Free()
 	s.graph = s.ctx.NewGraph(nodes)
@@ -149,7 +148,7 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 			if len(weights) != n {
 				return fmt.Errorf("micro-batch: %d weights for %d targets", len(weights), n)
 			}
-			s.targets.weights.SetFloats(weights)
+			m.blocks.weigh(s, b, weights)
 			return nil
 		}
 	}
@@ -159,8 +158,14 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 			gradient = s.backward(i, gradient, layers[i])
 		}
 	}
+	if m.inspect != nil {
+		m.inspect(s.graph)
+	}
 	if err := m.backend.ComputeParts(s.graph, m.allocator, cut, between); err != nil {
 		return engine.Result{}, nil, err
+	}
+	if train {
+		lora.fromDevice()
 	}
 	s.read(result)
 	var out [][]float32
@@ -182,7 +187,7 @@ func (s *step) read(r engine.Result) {
 }
 
 // split finds the distinct positions of targets and, for each target, the index of its position among them.
-func split(all []engine.Target) (positions, columns []int, chunks []chunk) {
+func split(all []engine.Target, headTokens int) (positions, columns []int, chunks []chunk) {
 	for i, target := range all {
 		if i == 0 || target.Position != all[i-1].Position {
 			if len(positions)%headTokens == 0 {

@@ -1,0 +1,326 @@
+package graph
+
+import (
+	"math"
+	"slices"
+
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
+)
+
+// plain are the blocks of every device: ggml's own operations, only such as the CUDA, ROCm, Vulkan and Metal backends
+// have or that are composed of those (plain_test.go holds the table). On the CPU they are the reference of the fused
+// ones, and several times slower.
+//
+// ROCm and CUDA multiply float32 operands in TF32, with a relative error of 5e-4: LoRA, attention and, with float32
+// weights, everything.
+type plain struct {
+	backend *ggml.Backend
+	masks   masks
+
+	// of the running step
+	grouping    grouping
+	mask        ggml.Tensor // float32 [keys, queries, 1, groups], 0 or -inf
+	queryRows   ggml.Tensor // int32: rows of q [d, heads*T] that make [d, queries, heads, groups]
+	keyRows     ggml.Tensor
+	queryPlaces ggml.Tensor // int32: rows of [d, queries*heads*groups] that make [d, heads, T]
+	keyPlaces   ggml.Tensor
+	copyPlaces  ggml.Tensor // int32: all copies of keys that have several, [heads*copies]
+	copySums    ggml.Tensor // float32 [copies, copied]: 1 where the copy is of the token
+	copied      ggml.Tensor // int32 [copied]
+
+	maskRows                   ggml.Tensor // int32 [T, parts]: rows of the pool
+	labelRows, labelColumns    ggml.Tensor // int32 [targets]: index of the label in its chunk's logits, and of its column
+	labelWeights, columnWeight ggml.Tensor // float32, scaled: [targets], and their sums [1, positions]
+	picked                     ggml.Tensor // what pick took from
+}
+
+// limits lets the head take about 256 MiB of logits at once.
+func (p *plain) limits(vocabulary int) limits {
+	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, 1<<26/vocabulary/128*128))}
+}
+
+func (p *plain) close() { p.masks.free() }
+
+func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), error) {
+	if s.seeds.Valid() {
+		width := 0
+		for _, part := range s.lora.Parts {
+			width = max(width, part.In)
+		}
+		if err := p.masksFor(s.lora.Dropout, width); err != nil {
+			return nil, err
+		}
+	}
+	t, n := s.tokens, len(b.Targets)
+	h := s.Heads
+	g := group(b.Segments, maxBatch/h.KeyValue)
+	*p = plain{backend: p.backend, masks: p.masks, grouping: g}
+	p.mask = inputs.New(ggml.F32, g.keys, g.queries, 1, g.groups)
+	integers := func(values []int32) (ggml.Tensor, func()) {
+		tensor := inputs.New(ggml.I32, len(values))
+		return tensor, func() { tensor.SetInts(values) }
+	}
+	fills := make([]func(), 0, 12)
+	add := func(into *ggml.Tensor, values []int32) {
+		tensor, fill := integers(values)
+		*into = tensor
+		fills = append(fills, fill)
+	}
+	add(&p.queryRows, rows(g.query, g.groups, h.Query))
+	add(&p.keyRows, rows(g.key, g.groups, h.KeyValue))
+	add(&p.queryPlaces, places(g.querySlot, g.queries, h.Query))
+	add(&p.keyPlaces, places(g.keySlot, g.keys, h.KeyValue))
+	fills = append(fills, func() {
+		values := make([]float32, len(g.allowed))
+		for i, allowed := range g.allowed {
+			if !allowed {
+				values[i] = float32(math.Inf(-1))
+			}
+		}
+		p.mask.SetFloats(values)
+	})
+	if len(g.copied) > 0 {
+		all := slices.Concat(g.copies...)
+		add(&p.copyPlaces, places(all, g.keys, h.KeyValue))
+		add(&p.copied, ints(g.copied))
+		p.copySums = inputs.New(ggml.F32, len(all), len(g.copied))
+		fills = append(fills, func() {
+			values := make([]float32, len(all)*len(g.copied))
+			at := 0
+			for i, copies := range g.copies {
+				for range copies {
+					values[i*len(all)+at] = 1
+					at++
+				}
+			}
+			p.copySums.SetFloats(values)
+		})
+	}
+	if s.seeds.Valid() {
+		values := make([]int32, 0, t*len(s.lora.Parts))
+		for _, part := range s.lora.Parts {
+			for _, seed := range b.Seeds {
+				values = append(values, maskRow(seed, part.Layer*int(modules)+int(part.Module)))
+			}
+		}
+		add(&p.maskRows, values)
+	}
+	labels, columns := make([]int32, n), make([]int32, n)
+	for _, c := range s.targets.chunks {
+		column := -1
+		for i := c.from; i < c.from+c.targets; i++ {
+			if i == c.from || b.Targets[i].Position != b.Targets[i-1].Position {
+				column++
+			}
+			columns[i] = int32(column)
+			labels[i] = int32(column*s.Vocabulary) + int32(b.Targets[i].Label)
+		}
+	}
+	add(&p.labelRows, labels)
+	add(&p.labelColumns, columns)
+	p.labelWeights = inputs.New(ggml.F32, n)
+	p.columnWeight = inputs.New(ggml.F32, s.targets.index.Size(0))
+	return func() {
+		for _, fill := range fills {
+			fill()
+		}
+	}, nil
+}
+
+func (p *plain) weigh(s *step, b engine.Batch, weights []float32) {
+	scaled, columns := make([]float32, len(weights)), make([]float32, s.targets.index.Size(0))
+	column := -1
+	for i, w := range weights {
+		if i == 0 || b.Targets[i].Position != b.Targets[i-1].Position {
+			column++
+		}
+		scaled[i] = w * s.scale
+		columns[column] += scaled[i]
+	}
+	p.labelWeights.SetFloats(scaled)
+	p.columnWeight.SetFloats(columns)
+}
+
+func (*plain) input(_ *step, _ weight, x ggml.Tensor) input { return input{x, x.Size(1)} }
+
+func (*plain) hold(_ *step, w weight) weight { return w }
+
+func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
+	y := s.add(s.ctx.MulMat(w.t, x.t))
+	if residual.Valid() {
+		y = s.add(s.ctx.Add(y, residual))
+	}
+	return y
+}
+
+func (*plain) rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.Mul(s.ctx.Norm(x, s.Epsilon), gamma))
+}
+
+// keepOnCPU keeps the memory of a node whose place the CPU's gradient operations may not take: they read it after they
+// have begun to write. Those of the other backends compute each element or row before they write it.
+func (p *plain) keepOnCPU(s *step, t ggml.Tensor) {
+	if _, gpu := p.backend.Device(); !gpu {
+		s.ctx.Keep(t)
+	}
+}
+
+func (p *plain) rmsNormBack(s *step, x, gamma, dy, residual ggml.Tensor) ggml.Tensor {
+	scaled := s.ctx.Mul(dy, gamma)
+	p.keepOnCPU(s, scaled) // NormBack may not take its place
+	dx := s.ctx.NormBack(scaled, x, s.Epsilon)
+	if residual.Valid() {
+		dx = s.ctx.Add(dx, residual)
+	}
+	return s.add(dx)
+}
+
+func (*plain) swiglu(s *step, gate, up ggml.Tensor) ggml.Tensor {
+	return s.add(s.ctx.Gate(gate, up))
+}
+
+func (*plain) swigluBack(s *step, gate, up, dy ggml.Tensor) (dgate, dup ggml.Tensor) {
+	dup = s.add(s.ctx.Gate(gate, dy))
+	return s.add(s.ctx.SiluBack(s.ctx.Mul(dy, up), gate)), dup
+}
+
+// gather makes [d, slots, heads*groups] of x [d*heads, T].
+func (p *plain) gather(s *step, x, rows ggml.Tensor, heads, slots int) ggml.Tensor {
+	d := s.Heads.Size
+	all := s.ctx.GetRows(s.ctx.View(x, 0, d, heads*s.tokens), rows)
+	return s.ctx.View(s.add(all), 0, d, slots, heads*p.grouping.groups)
+}
+
+func (p *plain) queries(s *step, q ggml.Tensor) ggml.Tensor {
+	// The query heads of a group share a key-value head: one product takes them together.
+	share := s.Heads.Query / s.Heads.KeyValue
+	return s.ctx.View(p.gather(s, q, p.queryRows, s.Heads.Query, p.grouping.queries), 0,
+		s.Heads.Size, p.grouping.queries*share, s.Heads.KeyValue*p.grouping.groups)
+}
+
+func (p *plain) keys(s *step, k ggml.Tensor) ggml.Tensor {
+	return p.gather(s, k, p.keyRows, s.Heads.KeyValue, p.grouping.keys)
+}
+
+func (p *plain) softScale(s *step) float32 {
+	return float32(1 / math.Sqrt(float64(s.Heads.Size)))
+}
+
+// probabilities are softmax(q k^T / sqrt(d)), [keys, queries, heads, groups].
+func (p *plain) probabilities(s *step, q, k ggml.Tensor) ggml.Tensor {
+	g := p.grouping
+	scores := s.ctx.Reshape(s.ctx.MulMat(k, q), g.keys, g.queries, s.Heads.Query, g.groups)
+	result := s.add(s.ctx.SoftMax(scores, p.mask, p.softScale(s)))
+	p.keepOnCPU(s, result) // SoftMaxBack may not take its place
+	return result
+}
+
+// attention keeps the probabilities unless they take more memory than half of the other activations of a layer.
+func (p *plain) attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor) {
+	g, h := p.grouping, s.Heads
+	probabilities := p.probabilities(s, p.queries(s, q), p.keys(s, k))
+	share := h.Query / h.KeyValue
+	flat := s.ctx.View(probabilities, 0, g.keys, g.queries*share, h.KeyValue*g.groups)
+	values := s.ctx.MulMat(s.ctx.Transpose(p.keys(s, v)), flat)
+	out = s.ctx.GetRows(s.ctx.View(values, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
+	out = s.ctx.View(s.add(out), 0, h.Size*h.Query, s.tokens)
+	if g.keys*g.queries*g.groups*h.Query <= s.tokens*(s.Embedding+s.FeedForward) {
+		keep = probabilities
+	}
+	return out, keep
+}
+
+func (p *plain) attentionBack(s *step, q, k, v, keep, dout ggml.Tensor) (dq, dk, dv ggml.Tensor) {
+	g, h := p.grouping, s.Heads
+	share := h.Query / h.KeyValue
+	batch := h.KeyValue * g.groups
+	queries, keys, douts := p.queries(s, q), p.keys(s, k), p.queries(s, dout)
+	if !keep.Valid() {
+		keep = p.probabilities(s, queries, keys)
+	}
+	flat := s.ctx.View(keep, 0, g.keys, g.queries*share, batch)
+	dv = s.add(s.ctx.MulMat(s.ctx.Transpose(douts), s.ctx.Transpose(flat)))
+	dprobabilities := s.ctx.Reshape(s.ctx.MulMat(p.keys(s, v), douts), g.keys, g.queries, h.Query, g.groups)
+	dscores := s.ctx.View(s.add(s.ctx.SoftMaxBack(dprobabilities, keep, p.softScale(s))), 0, g.keys, g.queries*share, batch)
+	dqueries := s.ctx.MulMat(s.ctx.Transpose(keys), dscores)
+	dq = s.ctx.GetRows(s.ctx.View(dqueries, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
+	dq = s.ctx.View(s.add(dq), 0, h.Size*h.Query, s.tokens)
+	dk = s.add(s.ctx.MulMat(s.ctx.Transpose(queries), s.ctx.Transpose(dscores)))
+	return dq, p.sumKeys(s, dk), p.sumKeys(s, dv)
+}
+
+// sumKeys makes [d*heads, T] of the gradients of all copies of the keys, [d, keys, heads*groups].
+func (p *plain) sumKeys(s *step, gradient ggml.Tensor) ggml.Tensor {
+	g, h := p.grouping, s.Heads
+	all := s.ctx.View(gradient, 0, h.Size, g.keys*h.KeyValue*g.groups)
+	out := s.ctx.View(s.add(s.ctx.GetRows(all, p.keyPlaces)), 0, h.Size*h.KeyValue, s.tokens)
+	if len(g.copied) == 0 {
+		return out
+	}
+	copies := s.ctx.View(s.ctx.GetRows(all, p.copyPlaces), 0, h.Size*h.KeyValue, p.copySums.Size(0))
+	return s.add(s.ctx.SetRows(out, s.ctx.MulMat(s.ctx.Transpose(copies), p.copySums), p.copied))
+}
+
+// dropped is x [in, T] with the part's dropout.
+func (p *plain) dropped(s *step, x ggml.Tensor, drop *Part) ggml.Tensor {
+	if drop == nil || !s.seeds.Valid() {
+		return x
+	}
+	index := slices.IndexFunc(s.lora.Parts, func(q Part) bool { return q.Layer == drop.Layer && q.Module == drop.Module })
+	pool := p.masks.pool
+	width := pool.Size(0)
+	part := s.ctx.Strided(pool, 0, [4]int{drop.In, maskPool, 1, 1}, [3]int{width, width * maskPool, width * maskPool})
+	return s.ctx.Mul(x, s.ctx.GetRows(part, s.ctx.View(p.maskRows, index*s.tokens, s.tokens)))
+}
+
+func (p *plain) loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor {
+	return s.add(s.ctx.MulMat(w, p.dropped(s, x, drop)))
+}
+
+func (p *plain) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
+	z := s.ctx.MulMat(s.ctx.Transpose(w), s.ctx.Scale(u, float32(s.lora.Scale()), 0))
+	return s.add(s.ctx.Add(y, p.dropped(s, z, drop)))
+}
+
+func (p *plain) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
+	scaled := s.ctx.Scale(u, float32(s.lora.Scale()), 0)
+	outer := s.ctx.MulMat(s.ctx.Transpose(p.dropped(s, x, drop)), s.ctx.Transpose(scaled))
+	s.add(s.ctx.AddInPlace(gradient, outer))
+}
+
+func (p *plain) pick(s *step, x, index ggml.Tensor) ggml.Tensor {
+	p.picked = x
+	return s.add(s.ctx.GetRows(x, index))
+}
+
+// scatter needs no sum: a position is in one chunk, once.
+func (p *plain) scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor {
+	if !dx.Valid() {
+		dx = s.ctx.Scale(p.picked, 0, 0)
+	}
+	return s.add(s.ctx.SetRows(dx, v, index))
+}
+
+// smallestProbability keeps losses finite: 83 nats, where float32 has no smaller normal numbers.
+const smallestProbability = 1e-36
+
+func (p *plain) loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor {
+	v := s.Vocabulary
+	probabilities := s.add(s.ctx.SoftMax(logits, ggml.Tensor{}, 1))
+	labels := s.ctx.View(p.labelRows, c.from, c.targets)
+	flat := func(t ggml.Tensor) ggml.Tensor { return s.ctx.View(t, 0, 1, v*c.positions) }
+	label := s.ctx.LogAtLeast(s.ctx.GetRows(flat(probabilities), labels), smallestProbability)
+	largest := s.ctx.GetRows(s.ctx.View(probabilities, 0, 1, v, c.positions), s.ctx.View(s.ctx.ArgMax(probabilities), 0, 1, c.positions))
+	best := s.ctx.GetRows(s.ctx.View(largest, 0, 1, c.positions), s.ctx.View(p.labelColumns, c.from, c.targets))
+	// 1 where the label is the most likely, less otherwise.
+	correct := s.ctx.Scale(s.ctx.Sub(label, s.ctx.LogAtLeast(best, smallestProbability)), 1, 1)
+	stats := s.ctx.Concat(s.ctx.Scale(label, -1, 0), correct, 0)
+	s.add(s.ctx.Copy(stats, s.ctx.View(s.targets.stats, 2*c.from, 2, c.targets)))
+	if !backward {
+		return ggml.Tensor{}
+	}
+	gradient := s.add(s.ctx.Mul(probabilities, s.ctx.View(p.columnWeight, c.fromPosition, 1, c.positions)))
+	hit := s.ctx.Sub(s.ctx.GetRows(flat(gradient), labels), s.ctx.View(p.labelWeights, c.from, 1, c.targets))
+	return s.ctx.View(s.add(s.ctx.SetRows(flat(gradient), hit, labels)), 0, v, c.positions)
+}
