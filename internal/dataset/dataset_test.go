@@ -258,6 +258,8 @@ func TestLinesThatCannotBeUsed(t *testing.T) {
 		"calls without support":       {m.chat, dataset.Options{}, []string{`{"messages":[{"role":"user","content":"Q"},{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":"{}"}}]}]}`}, 1, "does not write tool_calls"},
 		"functions":                   {m.chat, dataset.Options{}, []string{`{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"functions":[{"name":"f"}]}`}, 1, "tools"},
 		"parallel_tool_calls":         {m.chat, dataset.Options{}, []string{`{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"parallel_tool_calls":"x"}`}, 1, "true or false"},
+		"half a weight":               {m.chat, dataset.Options{}, []string{`{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A","weight":0.5}]}`}, 1, "messages[1].weight is 0.5; expected 0 or 1"},
+		"a single token":              {m.base, dataset.Options{}, []string{`{"prompt":"","completion":"<|im_end|>"}`}, 1, "a single token"},
 		"empty text":                  {m.base, dataset.Options{}, []string{`{"text":""}`}, 1, "empty"},
 		"empty completion":            {m.base, dataset.Options{}, []string{`{"prompt":"","completion":""}`}, 1, "empty"},
 		"completion without prompt":   {m.base, dataset.Options{}, []string{`{"completion":"A"}`}, 1, "prompt is missing"},

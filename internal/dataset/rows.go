@@ -171,6 +171,13 @@ func (o Options) parse(ctx context.Context, b *prompt.Builder, line []byte) (par
 	if errors.Is(err, prompt.ErrNoTemplate) {
 		err = fmt.Errorf("the model has no chat template, which %v rows need: write %v rows, or put the model's chat_template.jinja into its directory", p.format, completionRows)
 	}
+	for _, e := range p.examples {
+		for _, c := range e.Candidates {
+			if lastTarget(c) == 0 {
+				return p, errors.New("a single token, which nothing comes before to predict it from")
+			}
+		}
+	}
 	return p, err
 }
 
@@ -358,6 +365,9 @@ func messages(field string, raw json.RawMessage) ([]wire.Message, error) {
 		}
 		if list[i].Role == "" {
 			return nil, fmt.Errorf("%s[%d]: expected a role and a content", field, i)
+		}
+		if w := list[i].Weight; w != nil && *w != 0 && *w != 1 {
+			return nil, fmt.Errorf("%s[%d].weight is %v; expected 0 or 1", field, i, *w)
 		}
 	}
 	return list, nil

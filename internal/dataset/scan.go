@@ -37,11 +37,10 @@ type worked struct {
 
 type workedLine struct {
 	parsed
-	number    int
-	records   []byte
-	lengths   []int
-	summary   Summary
-	truncated int
+	number  int
+	records []byte // of its examples that are left
+	lengths []int  // of the records
+	summary Summary
 }
 
 // build tokenizes a file with all cores into a file at path, or one without a name. Rows keep the file's order.
