@@ -111,6 +111,27 @@ func TestStoredLayouts(t *testing.T) {
 	}
 }
 
+// TestRecompute expects the same numbers; TestEstimate compares the memory.
+func TestRecompute(t *testing.T) {
+	for _, path := range testModels(t) {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			for _, modules := range [][]graph.Module{graph.AllLinear, {graph.Query, graph.Value}, {graph.Down}} {
+				m := load(t, path, graph.ExactLayout())
+				lora := adapter(t, m, graph.LoRAOptions{Rank: 4, Alpha: 8, Dropout: 0.1, Modules: modules})
+				b := sample(m.Vocabulary, 20, 150, 131, 75, 200)
+				want, losses := gradients(t, m, lora, b)
+				again := load(t, path, graph.ExactLayout())
+				again.Recompute = true
+				lora = adapter(t, again, graph.LoRAOptions{Rank: 4, Alpha: 8, Dropout: 0.1, Modules: modules})
+				got, result := gradients(t, again, lora, b)
+				if !slices.Equal(want, got) || !slices.Equal(losses.Losses, result.Losses) {
+					t.Errorf("%v: other gradients or losses", modules)
+				}
+			}
+		})
+	}
+}
+
 func TestLayoutNames(t *testing.T) {
 	for _, l := range []graph.Layout{graph.ExactLayout(), graph.SmallLayout(), {Forward: graph.Stored, Backward: graph.Packed}, {Forward: ggml.F32, Backward: ggml.F32}} {
 		if got, err := graph.ParseLayout(l.String()); err != nil || got != l {

@@ -50,6 +50,9 @@ type layer struct {
 type Model struct {
 	Shape
 	Layout
+	// Recompute makes the backward pass compute a layer's activations again from its input, which is all that the forward
+	// pass then keeps: less memory, about a third more time, the same gradients.
+	Recompute bool
 
 	backend   *ggml.Backend
 	blocks    blocks

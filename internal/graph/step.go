@@ -289,30 +289,43 @@ func (s *step) headsBack(layer int, m Module, dy ggml.Tensor, count int, save sa
 
 // forward is one block: x + o(attention(norm(x))), then + down(swiglu(norm(.))).
 func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
-	l := &s.layers[i]
 	save.x = x
-	normed := s.blocks.rmsNorm(s, x, l.attentionNorm)
+	s.inner(i, save)
+	hidden := s.blocks.swiglu(s, save.gate, save.up)
+	return s.linear(i, Down, hidden, s.blocks.input(s, s.layers[i].linears[Down].w, hidden), save.middle, save)
+}
+
+// inner is the block up to gate and up: all that backward wants to find again follows from save.x.
+func (s *step) inner(i int, save *saved) {
+	l := &s.layers[i]
+	normed := s.blocks.rmsNorm(s, save.x, l.attentionNorm)
 	in := s.blocks.input(s, l.linears[Query].w, normed)
 	save.q = s.heads(i, Query, normed, in, s.Heads.Query, save)
 	save.k = s.heads(i, Key, normed, in, s.Heads.KeyValue, save)
 	save.v = s.linear(i, Value, normed, in, ggml.Tensor{}, save)
 	save.attended, save.keep = s.blocks.attention(s, save.q, save.k, save.v)
-	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), x, save)
+	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), save.x, save)
 	normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
 	in = s.blocks.input(s, l.linears[Gate].w, normed)
 	save.gate = s.linear(i, Gate, normed, in, ggml.Tensor{}, save)
 	save.up = s.linear(i, Up, normed, in, ggml.Tensor{}, save)
-	hidden := s.blocks.swiglu(s, save.gate, save.up)
-	return s.linear(i, Down, hidden, s.blocks.input(s, l.linears[Down].w, hidden), save.middle, save)
 }
 
-// backward takes the gradient of a block's output and returns that of its input; layer 0 has none to give.
-// Norms and SwiGLU are computed again, which is cheaper than keeping their output.
+// backward takes the gradient of a block's output and returns that of its input; the lowest trained layer has none to
+// give. Norms and SwiGLU are computed again, which is cheaper than keeping their output; with Recompute, all but the
+// block's input is: its tensors of the forward pass then have no use, and the allocator gives their memory away.
 func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	l := &s.layers[i]
+	if s.Recompute {
+		save = saved{x: save.x}
+		s.inner(i, &save)
+	}
 	var hidden, normed ggml.Tensor
-	if s.lora.trains(i, Down) {
+	if p, ok := s.lora.part(i, Down); ok {
 		hidden = s.blocks.swiglu(s, save.gate, save.up)
+		if s.Recompute {
+			save.down[Down] = s.blocks.loraDown(s, hidden, s.a(s.lora.parameters, p), &p)
+		}
 	}
 	dhidden := s.linearBack(i, Down, hidden, dy, ggml.Tensor{}, save, true)
 	dgate, dup := s.blocks.swigluBack(s, save.gate, save.up, dhidden)
