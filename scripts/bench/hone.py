@@ -110,6 +110,8 @@ def train(binary, model, base_digest, rows, options, work, valid="", seed=1, tim
             for line in process.stdout:
                 events.append(Event(time.perf_counter(), json.loads(line)))
                 peak = max(peak, peak_of(process.pid))
+                if events[-1].data["type"] == "plan":
+                    check(events[-1].data["plan"], options)
                 if time.perf_counter() - started > timeout:
                     raise Refused(f"the job took longer than {timeout} s")
             code = process.wait()
@@ -124,7 +126,6 @@ def train(binary, model, base_digest, rows, options, work, valid="", seed=1, tim
         raise Refused(e.data["error"]["message"])
     if code != 0 or not attempt.of("done"):
         raise Refused(f"the trainer ended with code {code}: {said[-1] if said else 'it said nothing'}")
-    check(attempt.plan, options)
     return attempt
 
 
