@@ -2,7 +2,11 @@ package finetune
 
 import (
 	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
 	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -32,6 +36,42 @@ func TestOptions(t *testing.T) {
 		if !names[name] || names[other] {
 			t.Errorf("%s is said to mean %s", other, name)
 		}
+	}
+}
+
+var update = flag.Bool("update", false, "write docs/options.md anew")
+
+// TestOptionsPage keeps the page of all options that of the code: go test ./finetune -run OptionsPage -update
+func TestOptionsPage(t *testing.T) {
+	t.Parallel()
+	var page strings.Builder
+	page.WriteString("# Options of a fine-tuning job\n\n" +
+		"Keys of the object `hone` of `POST /v1/fine_tuning/jobs`, and flags of `hone finetune create` (with `-` for `_`). The names are those of\n" +
+		"PEFT's LoraConfig, Hugging Face's TrainingArguments and TRL's DPOConfig. What is not given, null or \"auto\" is decided by the trainer;\n" +
+		"`--dry-run`, or `POST /v1/fine_tuning/jobs/dry_run`, shows how. This page is made from the code by a test.\n\n| option | type | |\n| --- | --- | --- |\n")
+	kinds := map[string]string{"strings": "list of strings", "integers": "list of integers"}
+	for _, o := range KnownOptions() {
+		kind := o.Kind
+		if kinds[kind] != "" {
+			kind = kinds[kind]
+		}
+		fmt.Fprintf(&page, "| `%s` | %s | %s |\n", o.Name, kind, o.Help)
+	}
+	const path = "../docs/options.md"
+	if *update {
+		if err := os.MkdirAll("../docs", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(page.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(page.String(), string(got)); diff != "" {
+		t.Errorf("%s is not up to date; run this test with -update (-want +got)\n%s", path, diff)
 	}
 }
 

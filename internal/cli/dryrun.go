@@ -13,6 +13,7 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/jedib0t/go-pretty/v6/text"
 	"github.com/spf13/cobra"
 
 	"github.com/hone-llm/hone/client"
@@ -108,27 +109,36 @@ func printDryRun(w io.Writer, r client.FineTuningDryRun) error {
 	return err
 }
 
-// planTable lists the options that the plan has decided, and which of them nobody asked for.
+// planTable lists the options as the plan has decided them, those that were asked for and are not in the plan as they were
+// asked for, and which nobody asked for.
 func planTable(plan child.TrainPlan, requested map[string]json.RawMessage) string {
-	t := plainTable()
-	t.AppendHeader(table.Row{"option", "value", ""})
+	decided := map[string]string{}
 	value := reflect.ValueOf(plan)
 	for i := range value.NumField() {
 		name, tag, _ := strings.Cut(value.Type().Field(i).Tag.Get("json"), ",")
-		if !finetune.IsOption(name) || name == "memory" { // the memory has a table of its own
-			continue
+		field := value.Field(i)
+		switch {
+		case field.Kind() == reflect.Struct: // the memory has a table of its own
+		case field.IsZero() && tag == "omitempty": // of another method, or nothing at all
+		case field.Kind() == reflect.Slice:
+			decided[name] = strings.Trim(fmt.Sprint(field), "[]")
+		default:
+			decided[name] = fmt.Sprint(field)
 		}
-		shown, origin := fmt.Sprint(value.Field(i)), ""
-		if value.Field(i).Kind() == reflect.Slice {
-			shown = strings.Trim(shown, "[]")
+	}
+	t := plainTable()
+	t.AppendHeader(table.Row{"option", "value", ""})
+	for _, option := range finetune.KnownOptions() {
+		shown, known := decided[option.Name]
+		raw, asked := requested[option.Name]
+		switch {
+		case asked && !known:
+			t.AppendRow(table.Row{option.Name, text.Snip(string(raw), 60, "..."), ""})
+		case asked:
+			t.AppendRow(table.Row{option.Name, shown, ""})
+		case known:
+			t.AppendRow(table.Row{option.Name, shown, "auto"})
 		}
-		if _, ok := requested[name]; !ok {
-			if value.Field(i).IsZero() && tag == "omitempty" {
-				continue // of another method, or nothing at all
-			}
-			origin = "auto"
-		}
-		t.AppendRow(table.Row{name, shown, origin})
 	}
 	return t.Render()
 }

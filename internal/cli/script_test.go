@@ -131,7 +131,7 @@ func newSmallServer(examples string) http.Handler {
 	})
 	mux.HandleFunc("POST /v1/fine_tuning/jobs/dry_run", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"object":"fine_tuning.job.dry_run","model":"base","start_adapter":"ft:base:local:a:b","method":{"type":"supervised"},"train_rows":1517,"valid_rows":20,
-			"train_tokens":90000,"valid_tokens":800,"shared_tokens":9000,"truncated_rows":2,"dropped_rows":3,"options":{"r":8},"notes":["the long way round"],
+			"train_tokens":90000,"valid_tokens":800,"shared_tokens":9000,"truncated_rows":2,"dropped_rows":3,"options":{"r":8,"warmup_ratio":0.03},"notes":["the long way round"],
 			"plan":{"r":8,"lora_alpha":16,"target_modules":["q_proj","v_proj"],"num_train_epochs":3,"batch_size":4,"total_steps":1138,
 			"memory":{"device":"cpu","layout":"exact","forward":"f32","backward":"bf16","total_bytes":1073741824,"free_bytes":2147483648,"micro_batch_tokens":1024}}}`)
 	})
