@@ -18,6 +18,9 @@
 //	   ▼             ▼
 //	succeeded    cancelled    Cancel: from validating_files, queued and running
 //
+// A checkpoint is an adapter of a job at one of its steps, which the trainer writes and the registry serves; Checkpoints lists
+// them. DryRun does what a job does before its first step, and is no job.
+//
 // One job runs at a time. Each attempt at it has a number, and every write of an attempt is refused once the row has
 // another number or a final state; so an attempt that lost its job can change nothing.
 //
