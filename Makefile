@@ -75,6 +75,20 @@ bench: model ## speed of training and serving on this machine
 	@$(engine); OMP_WAIT_POLICY=passive go test -run XXX -bench Step -benchtime 20x ./internal/train
 	@$(engine); go test -run XXX -bench MultipleChoice -benchtime 48x ./internal/runner
 
+.PHONY: bench-train
+bench-train: model build/venv/bench ## speed of training beside PEFT, with pass or fail per bar (installs PyTorch; about 40 minutes)
+	@$(engine); go build -o build/peak ./scripts/bench/peak
+	@exec $(python) scripts/bench/train.py --hone bin/hone --peak build/peak --model $(HONE_TEST_MODEL) --out build
+
+.PHONY: bench-quality
+bench-quality: model build/venv/bench ## what hone and PEFT learn on two tasks with three seeds (installs PyTorch; about 2 hours)
+	@$(python) scripts/bench/quality.py prepare --hone bin/hone --model $(HONE_TEST_MODEL) --data build/quality
+	@exec $(python) scripts/bench/quality.py run --hone bin/hone --model $(HONE_TEST_MODEL) --data build/quality --out build/quality
+
+build/venv/bench: $(python) scripts/bench/requirements.txt
+	build/venv/bin/pip install --quiet --requirement scripts/bench/requirements.txt
+	@touch $@
+
 .PHONY: race
 race: ## tests of serve's half under the race detector
 	@CGO_ENABLED=1 go test -race -timeout 15m $(pure)
