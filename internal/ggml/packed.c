@@ -21,35 +21,37 @@ int64_t hone_packed_bytes(int64_t in, int64_t out) { return parts(out, P) * part
 
 int64_t hone_quantized_bytes(int64_t in, int64_t tokens) { return parts(tokens, G) * parts(in, B) * (int64_t)sizeof(struct hone_activations) + 64; }
 
-// scale_of returns the scale that makes the largest of 64 values `most`, and its inverse in *inverse. Both are 0 for a
-// block of zeros (also one below 1e-34, whose inverse is no float32). A block with an infinity or NaN has scale NaN and
-// mantissas 0, which make every product with it NaN.
-INLINE float scale_of(const float *x, float most, float *inverse) {
+// quantize rounds 64 values to the nearest integers m * scale, the largest of which becomes `most`, and returns the scale:
+// 0 for a block of zeros (also one below 1e-34, whose inverse is no float32). A block with an infinity or NaN has scale
+// NaN and mantissas 0, which make every product with it NaN, and is never converted to integers.
+INLINE float quantize(const float *x, float most, int16_t *m) {
 	// As integers, magnitudes are ordered like the floats, with infinity and NaN above all.
-	uint32_t bits[B], largest = 0;
-	memcpy(bits, x, sizeof bits);
-	for (int i = 0; i < B; i++) {
-		uint32_t b = bits[i] & 0x7fffffff;
-		largest = largest > b ? largest : b;
+	uint32_t largest = 0;
+#if defined(__AVX512BW__)
+	__m512 v[B / 16];
+	__m512i top = _mm512_setzero_si512();
+	for (int i = 0; i < B / 16; i++) {
+		v[i] = _mm512_loadu_ps(x + 16 * i);
+		top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7fffffff)));
 	}
+	largest = _mm512_reduce_max_epu32(top);
+#else
+	for (int i = 0; i < B; i++) {
+		uint32_t bits;
+		memcpy(&bits, x + i, sizeof bits);
+		bits &= 0x7fffffff;
+		largest = largest > bits ? largest : bits;
+	}
+#endif
 	float a;
 	memcpy(&a, &largest, sizeof a);
-	*inverse = 0;
-	if (largest >= 0x7f800000) return NAN;
-	if (a < 1e-34f) return 0;
-	*inverse = most / a;
-	return a / most;
-}
-
-// mantissas rounds 64 values to the nearest integer multiple of the scale. `most` bounds them against the rounding of
-// the inverse. With inverse 0, values that are not finite are left out before anything is converted.
-INLINE void mantissas(const float *x, float inverse, int16_t *m) {
-	if (inverse == 0) {
+	if (largest >= 0x7f800000 || a < 1e-34f) {
 		memset(m, 0, B * sizeof *m);
-		return;
+		return largest >= 0x7f800000 ? NAN : 0;
 	}
+	float inverse = most / a;
 #if defined(__AVX512BW__)
-	for (int i = 0; i < B; i += 16) _mm256_storeu_si256((__m256i *)(m + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_loadu_ps(x + i) * inverse)));
+	for (int i = 0; i < B / 16; i++) _mm256_storeu_si256((__m256i *)(m + 16 * i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v[i] * inverse)));
 #else
 	for (int i = 0; i < B; i++) {
 		float shifted = x[i] * inverse + 12582912.f; // 1.5 * 2^23: rounds, and leaves the integer in the low bits
@@ -58,6 +60,7 @@ INLINE void mantissas(const float *x, float inverse, int16_t *m) {
 		m[i] = (int16_t)(bits - 0x4b400000);
 	}
 #endif
+	return a * (1 / most);
 }
 
 // ---- weights -----------------------------------------------------------------------------------------------------
@@ -65,10 +68,8 @@ INLINE void mantissas(const float *x, float inverse, int16_t *m) {
 // put writes one output's block of K.
 static void put(struct hone_weights *w, int64_t output, const float *values) {
 	int16_t m[B];
-	float inverse;
 	int at = output % P;
-	w->scale[at] = scale_of(values, HONE_WEIGHT_MOST, &inverse);
-	mantissas(values, inverse, m);
+	w->scale[at] = quantize(values, HONE_WEIGHT_MOST, m);
 	for (int i = 0; i < B / 2; i++) memcpy(w->m[i][at], m + 2 * i, 2 * sizeof *m);
 }
 
@@ -110,15 +111,14 @@ void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 			int64_t size = K - b * B < B ? K - b * B : B;
 			for (int i = 0; i < G; i++) {
 				const float *values = x + (g * G + i) * K + b * B;
-				float copy[B] = {0}, inverse;
+				float copy[B] = {0};
 				if (g * G + i >= T) {
 					values = copy;
 				} else if (size < B) {
 					memcpy(copy, values, size * sizeof(float));
 					values = copy;
 				}
-				block->scale[i] = scale_of(values, HONE_ACTIVATION_MOST, &inverse);
-				mantissas(values, inverse, block->m[i][0]);
+				block->scale[i] = quantize(values, HONE_ACTIVATION_MOST, block->m[i][0]);
 			}
 		}
 }
@@ -202,6 +202,13 @@ INLINE void tile(const struct hone_weights *w, const struct hone_activations *x,
 // A unit of work is CHUNK groups of tokens for a panel, SLICE blocks at a time, which stay in the second-level cache.
 enum { CHUNK = 16, SLICE = 12 };
 
+INLINE void put_sums(float *y, const float *sums, const float *residual, int64_t n) {
+	if (residual)
+		for (int64_t j = 0; j < n; j++) y[j] = sums[j] + residual[j];
+	else
+		for (int64_t j = 0; j < n; j++) y[j] = sums[j];
+}
+
 // hone_op_matmul: (packed W, quantized x, residual [M, T] or none; K) -> W x + residual [M, T]. Every element is
 // computed by one thread in the order of K.
 void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -221,10 +228,10 @@ void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 		for (int64_t t = from * G; t < to * G && t < T; t++) {
 			const float *sums = f[t / G - from][t % G];
 			int64_t at = t * M + panel * P;
-			if (!residual)
-				memcpy(y + at, sums, width * sizeof(float));
+			if (width == P) // of a known size
+				put_sums(y + at, sums, residual ? residual + at : NULL, P);
 			else
-				for (int64_t j = 0; j < width; j++) y[at + j] = sums[j] + residual[at + j];
+				put_sums(y + at, sums, residual ? residual + at : NULL, width);
 		}
 	}
 }
