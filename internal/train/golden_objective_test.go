@@ -40,7 +40,7 @@ func (a adapter) compare(t *testing.T, what string, want func(name string) gguf.
 		}
 	})
 	t.Logf("%s: relative error of the gradients at most %.3g (%s)", what, worst, where)
-	if !(worst < 3e-5) {
+	if !(worst < rounding()) {
 		t.Errorf("%s: gradients are not PyTorch's", what)
 	}
 }
@@ -48,7 +48,7 @@ func (a adapter) compare(t *testing.T, what string, want func(name string) gguf.
 // near reports a number that is not the wanted one. Numbers below 1 are sums of larger ones.
 func near(t *testing.T, what string, got, want float64) {
 	t.Helper()
-	if !(math.Abs(got-want) <= 3e-5*math.Max(1, math.Abs(want))) {
+	if !(math.Abs(got-want) <= rounding()*math.Max(1, math.Abs(want))) {
 		t.Errorf("%s: got %.7g, PyTorch has %.7g", what, got, want)
 	}
 }
