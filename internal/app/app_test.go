@@ -21,6 +21,7 @@ import (
 
 	openai "github.com/sashabaranov/go-openai"
 
+	"github.com/hone-llm/hone/client"
 	"github.com/hone-llm/hone/configs"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/lora"
@@ -108,6 +109,10 @@ func smallTrainer(in *bufio.Reader) int {
 	out := json.NewEncoder(os.Stdout)
 	_ = out.Encode(child.TrainerEvent{Type: child.EventDataset, TrainRows: 1, TrainTokens: 8})
 	_ = out.Encode(child.TrainerEvent{Type: child.EventPlan, Plan: &child.TrainPlan{R: 16, LoraAlpha: 32, NumTrainEpochs: 1, BatchSize: 1, TotalSteps: 1, LearningRateMultiplier: 1}})
+	if config.DryRun {
+		_ = out.Encode(child.TrainerEvent{Type: child.EventDone})
+		return 0
+	}
 	if config.Options.MaxSteps != nil && *config.Options.MaxSteps == 1_000_000 {
 		for {
 			_ = out.Encode(child.TrainerEvent{Type: child.EventProgress, TotalSteps: 1_000_000, Fraction: 0.5, TokensPerSecond: 100, SecondsLeft: 1000})
@@ -115,20 +120,27 @@ func smallTrainer(in *bufio.Reader) int {
 		}
 	}
 	_ = out.Encode(child.TrainerEvent{Type: child.EventStep, Step: 1, TotalSteps: 1, TrainLoss: 0.5, TrainedTokens: 8})
-	weights := []byte("weights")
-	sum := sha256.Sum256(weights)
-	manifest, _ := json.Marshal(lora.Manifest{
-		ID: config.AdapterID, Name: config.AdapterName, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
-		CreatedAt: 1, Rank: 16, Alpha: 32, TargetModules: []string{"q_proj"}, MaxLength: 8,
-		Files: map[string]string{lora.GGUFFile: hex.EncodeToString(sum[:])},
-	})
-	if err := errors.Join(os.MkdirAll(config.AdapterDir, 0o700), os.WriteFile(filepath.Join(config.AdapterDir, lora.GGUFFile), weights, 0o600),
-		os.WriteFile(filepath.Join(config.AdapterDir, lora.ManifestFile), manifest, 0o600)); err != nil {
+	dir, id, name := config.Checkpoint(1)
+	err := errors.Join(writeAdapter(config, dir, id, name), writeAdapter(config, config.AdapterDir, config.AdapterID, config.AdapterName))
+	if err != nil {
 		_ = out.Encode(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeInternal, Message: err.Error()}})
 		return 1
 	}
+	_ = out.Encode(child.TrainerEvent{Type: child.EventCheckpoint, Step: 1, CheckpointDir: dir})
 	_ = out.Encode(child.TrainerEvent{Type: child.EventDone})
 	return 0
+}
+
+func writeAdapter(config child.TrainerConfig, dir, id, name string) error {
+	weights := []byte("weights")
+	sum := sha256.Sum256(weights)
+	manifest, err := json.Marshal(lora.Manifest{
+		ID: id, Name: name, BaseModel: config.BaseModel, BaseDigest: config.BaseDigest, JobID: config.JobID,
+		CreatedAt: 1, Rank: 16, Alpha: 32, TargetModules: []string{"q_proj"}, MaxLength: 8,
+		Files: map[string]string{lora.GGUFFile: hex.EncodeToString(sum[:])},
+	})
+	return errors.Join(err, os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, lora.GGUFFile), weights, 0o600),
+		os.WriteFile(filepath.Join(dir, lora.ManifestFile), manifest, 0o600))
 }
 
 func config(t *testing.T) configs.Config {
@@ -232,6 +244,9 @@ func TestStory(t *testing.T) {
 	if text, err := chat(t, client, job.FineTunedModel, "hello"); err != nil || text != "hello (tuned) " {
 		t.Errorf("the tuned model: %q, %v", text, err)
 	}
+	if text, err := chat(t, client, job.FineTunedModel+":ckpt-step-1", "hello"); err != nil || text != "hello (tuned) " {
+		t.Errorf("its checkpoint: %q, %v", text, err)
+	}
 	log, err := os.ReadFile(filepath.Join(a.cfg.DataDir, "jobs", job.ID, "a1", trainerLog))
 	if err != nil || !strings.Contains(string(log), "small trainer") {
 		t.Errorf("the trainer's log: %q, %v", log, err)
@@ -254,6 +269,37 @@ func TestStory(t *testing.T) {
 	}
 	if _, err := new(net.Dialer).DialContext(t.Context(), "tcp", a.Addr()); err == nil {
 		t.Error("the port is still open")
+	}
+}
+
+// TestIdleJobs looks at what a job would do, on a server that starts none.
+func TestIdleJobs(t *testing.T) {
+	cfg := config(t)
+	before, openaiClient := start(t, cfg)
+	id := endlessJob(t, before, openaiClient)
+	if err := before.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	a := New(cfg, Options{Env: []string{smallRoles}, IdleJobs: true})
+	if err := a.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := a.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	c := client.New("http://"+a.Addr()+"/v1", "")
+	file, err := c.UploadFile(t.Context(), "train.jsonl", []byte(`{"text":"a"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	result, err := c.DryRun(t.Context(), client.FineTuningJobRequest{Model: "small", TrainingFile: file.ID})
+	if err != nil || result.TrainTokens != 8 || !strings.Contains(string(result.Plan), `"total_steps":1`) {
+		t.Errorf("dry run %+v, %v", result, err)
+	}
+	if job, err := c.Job(t.Context(), id); err != nil || job.Hone.Attempt != 1 || len(children(t)) != 0 {
+		t.Errorf("the job goes on: %+v, %v, processes %v", job, err, children(t))
 	}
 }
 

@@ -21,6 +21,13 @@ def expect(what, holds, got=""):
     print(f"ok   {what}")
 
 
+PAIR = (
+    '{"input": {"messages": [{"role": "user", "content": "Which is a fruit?"}]}, '
+    '"preferred_output": [{"role": "assistant", "content": "The apple."}], '
+    '"non_preferred_output": [{"role": "assistant", "content": "The hammer."}]}\n'
+)
+
+
 def main():
     client = openai.OpenAI(base_url=sys.argv[1], api_key="any", max_retries=0, timeout=120)
     messages = [{"role": "user", "content": "Say hello."}]
@@ -93,6 +100,16 @@ def main():
     )
     expect("tuned model: answers", answer.choices[0].message.content in list("ABCD"), answer)
     expect("tuned model: is listed", job.fine_tuned_model in [m.id for m in client.models.list()])
+
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    expect("job: checkpoints are models", all(c.fine_tuned_model_checkpoint in [m.id for m in client.models.list()] for c in checkpoints), checkpoints)
+
+    pairs = client.files.create(file=("pairs.jsonl", PAIR.encode()), purpose="fine-tune")
+    preference = client.fine_tuning.jobs.create(
+        model=job.fine_tuned_model, training_file=pairs.id, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}},
+    )
+    expect("dpo: created", preference.method.dpo.hyperparameters.beta == 0.2 and preference.method.dpo.hyperparameters.n_epochs == "auto", preference)
+    client.fine_tuning.jobs.cancel(preference.id)
 
     second = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, extra_body={"hone": {"num_train_epochs": 50}})
     client.fine_tuning.jobs.cancel(second.id)
