@@ -16,6 +16,8 @@ type blocks interface {
 	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func(), err error)
 	// weigh sets the targets' weights: once before the computation, and again after Batch.Weigh.
 	weigh(s *step, b engine.Batch, weights []float32)
+	// memory is what the blocks hold on the device between steps, in bytes.
+	memory() int
 	close()
 
 	// input is x as matmul takes it: computed once, used by every weight of the same layout that multiplies x.

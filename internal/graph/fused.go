@@ -14,6 +14,8 @@ func (fused) begin(*step, engine.Batch, *ggml.Context) (func(), error) { return 
 
 func (fused) weigh(s *step, _ engine.Batch, weights []float32) { s.targets.weights.SetFloats(weights) }
 
+func (fused) memory() int { return 0 }
+
 func (fused) close() {}
 
 func (fused) input(s *step, w weight, x ggml.Tensor) input {

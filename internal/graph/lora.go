@@ -109,6 +109,28 @@ type LoRA struct {
 
 // NewLoRA allocates an adapter whose weights are all 0.
 func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
+	l, err := m.describeLoRA(o)
+	if err != nil {
+		return nil, err
+	}
+	if l.buffer, err = l.context.Allocate(m.backend); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("adapter of rank %d: %w", o.Rank, err)
+	}
+	if l.host {
+		l.Parameters, l.Gradients = l.parameters.Floats(), l.gradients.Floats()
+		clear(l.Parameters)
+		clear(l.Gradients)
+	} else {
+		size := l.parameters.Elements()
+		l.Parameters, l.apart[0] = m.backend.HostFloats(size)
+		l.Gradients, l.apart[1] = m.backend.HostFloats(size)
+	}
+	return l, nil
+}
+
+// describeLoRA lays an adapter out; it has no memory yet.
+func (m *Model) describeLoRA(o LoRAOptions) (*LoRA, error) {
 	if o.Rank < 1 || o.Rank > 256 {
 		return nil, fmt.Errorf("rank %d: expected 1 to 256", o.Rank)
 	}
@@ -143,19 +165,6 @@ func (m *Model) NewLoRA(o LoRAOptions) (*LoRA, error) {
 	}
 	l.context = ggml.NewContext(2, 0)
 	l.parameters, l.gradients = l.context.New(ggml.F32, size), l.context.New(ggml.F32, size)
-	var err error
-	if l.buffer, err = l.context.Allocate(m.backend); err != nil {
-		l.context.Free()
-		return nil, fmt.Errorf("adapter of rank %d: %w", o.Rank, err)
-	}
-	if l.host {
-		l.Parameters, l.Gradients = l.parameters.Floats(), l.gradients.Floats()
-		clear(l.Parameters)
-		clear(l.Gradients)
-	} else {
-		l.Parameters, l.apart[0] = m.backend.HostFloats(size)
-		l.Gradients, l.apart[1] = m.backend.HostFloats(size)
-	}
 	return l, nil
 }
 

@@ -275,8 +275,12 @@ func (m *Model) Close() {
 	m.file.Close()
 }
 
-// ActivationBytes is the memory that the largest graph so far took.
+// ActivationBytes is the memory that the graphs so far have needed.
 func (m *Model) ActivationBytes() int { return m.allocator.Size() }
+
+// LimitActivations makes a micro-batch whose graph takes more bytes end with ggml.ErrMemory before anything is computed;
+// 0 lifts the limit.
+func (m *Model) LimitActivations(bytes int) { m.allocator.Limit = bytes }
 
 // TokenBytes estimates the memory that the graph of a micro-batch takes for each of its tokens: what the backward
 // pass needs of every layer, in float32, with LoRA of the given rank on every module.

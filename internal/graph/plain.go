@@ -40,6 +40,13 @@ func (p *plain) limits(vocabulary int) limits {
 	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, 1<<26/vocabulary/128*128))}
 }
 
+func (p *plain) memory() int {
+	if p.masks.buffer == nil {
+		return 0
+	}
+	return p.masks.buffer.Size()
+}
+
 func (p *plain) close() { p.masks.free() }
 
 func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), error) {

@@ -14,6 +14,11 @@ type step struct {
 	lora  *LoRA
 	train bool
 	scale float32
+	batch engine.Batch
+
+	inputs    *ggml.Context
+	setInputs func()      // gives the inputs their values
+	embedded  ggml.Tensor // tokens, int32 [T]
 
 	ctx       *ggml.Context
 	graph     *ggml.Graph
@@ -69,14 +74,48 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	if err := b.Validate(m.Vocabulary); err != nil {
 		return engine.Result{}, nil, err
 	}
+	s, err := m.newStep(b, lora, train, scale, wantLogits)
+	if err != nil {
+		return engine.Result{}, nil, err
+	}
+	defer s.free()
+	buffer, err := s.inputs.Allocate(m.backend)
+	if err != nil {
+		return engine.Result{}, nil, fmt.Errorf("inputs of a micro-batch: %w", err)
+	}
+	defer buffer.Free()
+	s.setInputs()
+	lora.toDevice(train)
+	cut := s.build()
+	if m.inspect != nil {
+		m.inspect(s.graph)
+	}
+	result := engine.Result{Losses: make([]float32, len(b.Targets)), Correct: make([]bool, len(b.Targets))}
+	if err := m.backend.ComputeParts(s.graph, m.allocator, cut, func() error { return s.weigh(result) }); err != nil {
+		return engine.Result{}, nil, err
+	}
+	if train {
+		lora.fromDevice()
+	}
+	s.read(result)
+	var out [][]float32
+	if wantLogits {
+		values := make([]float32, s.targets.logits.Elements())
+		s.targets.logits.GetFloats(values)
+		out = slices.Collect(slices.Chunk(values, m.Vocabulary))
+	}
+	return result, out, nil
+}
+
+// newStep describes the inputs of a micro-batch's graph; they have no memory yet.
+func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (*step, error) {
 	t, n := len(b.Tokens), len(b.Targets)
 	limits := m.blocks.limits(m.Vocabulary)
 	positions, columns, chunks := split(b.Targets, limits.headTokens)
 	inputs := ggml.NewContext(16+extraInputs, 0)
-	defer inputs.Free()
-	tokens := inputs.New(ggml.I32, t)
 	s := &step{
-		Model: m, lora: lora, train: train, scale: scale, tokens: t,
+		Model: m, lora: lora, train: train, scale: scale, tokens: t, batch: b, inputs: inputs,
+		embedded:  inputs.New(ggml.I32, t),
 		positions: inputs.New(ggml.I32, t),
 		segments:  inputs.New(ggml.I32, 3, len(b.Segments)),
 		targets: targets{
@@ -93,88 +132,78 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	}
 	fill, err := m.blocks.begin(s, b, inputs)
 	if err != nil {
-		return engine.Result{}, nil, err
+		s.free()
+		return nil, err
 	}
-	buffer, err := inputs.Allocate(m.backend)
-	if err != nil {
-		return engine.Result{}, nil, err
+	s.setInputs = func() {
+		s.embedded.SetInts(ints(b.Tokens))
+		s.positions.SetInts(ints(b.Positions()))
+		var table []int32
+		for _, segment := range b.Segments {
+			table = append(table, int32(segment.Start), int32(segment.End), int32(segment.Parent))
+		}
+		s.segments.SetInts(table)
+		s.targets.index.SetInts(ints(positions))
+		s.targets.columns.SetInts(ints(columns))
+		labels, weights := make([]int32, n), make([]float32, n)
+		for i, target := range b.Targets {
+			labels[i], weights[i] = int32(target.Label), target.Weight
+		}
+		s.targets.labels.SetInts(labels)
+		m.blocks.weigh(s, b, weights)
+		if s.seeds.Valid() {
+			s.seeds.SetInts(ints(b.Seeds))
+		}
+		fill()
 	}
-	defer buffer.Free()
-	tokens.SetInts(ints(b.Tokens))
-	s.positions.SetInts(ints(b.Positions()))
-	var table []int32
-	for _, segment := range b.Segments {
-		table = append(table, int32(segment.Start), int32(segment.End), int32(segment.Parent))
-	}
-	s.segments.SetInts(table)
-	s.targets.index.SetInts(ints(positions))
-	s.targets.columns.SetInts(ints(columns))
-	labels, weights := make([]int32, n), make([]float32, n)
-	for i, target := range b.Targets {
-		labels[i], weights[i] = int32(target.Label), target.Weight
-	}
-	s.targets.labels.SetInts(labels)
-	m.blocks.weigh(s, b, weights)
-	if s.seeds.Valid() {
-		s.seeds.SetInts(ints(b.Seeds))
-	}
-	fill()
-	lora.toDevice(train)
-
 	nodes := m.Layers*limits.nodesPerLayer + 60*(len(chunks)+2)
+	if m.Recompute {
+		nodes += m.Layers * limits.nodesPerLayer
+	}
 	s.ctx = ggml.NewContext(nodes, nodes)
-	defer s.ctx.Free()
 	s.graph = s.ctx.NewGraph(nodes)
+	return s, nil
+}
 
-	x := s.add(s.ctx.GetRows(m.embedding, tokens))
-	layers := make([]saved, len(m.layers))
-	for i := range m.layers {
+func (s *step) free() {
+	s.inputs.Free()
+	s.ctx.Free()
+}
+
+// build adds all nodes. The first cut of them compute the losses that Batch.Weigh wants to see before the others; with
+// cut -1, nothing happens in between.
+func (s *step) build() (cut int) {
+	x := s.add(s.ctx.GetRows(s.embedding, s.embedded))
+	layers := make([]saved, len(s.layers))
+	for i := range s.layers {
 		x = s.forward(i, x, &layers[i])
 	}
-	result := engine.Result{Losses: make([]float32, n), Correct: make([]bool, n)}
-	between := func() error { return nil }
-	cut := -1
-	if !train || b.Weigh != nil {
+	cut = -1
+	if !s.train || s.batch.Weigh != nil {
 		s.losses(x)
 		cut = s.graph.Nodes()
 	}
-	if train && b.Weigh != nil {
-		between = func() error {
-			s.read(result)
-			weights, err := b.Weigh(result.Losses)
-			if err != nil {
-				return err
-			}
-			if len(weights) != n {
-				return fmt.Errorf("micro-batch: %d weights for %d targets", len(weights), n)
-			}
-			m.blocks.weigh(s, b, weights)
-			return nil
-		}
-	}
-	if train {
+	if s.train {
 		gradient := s.headGradient(x)
-		for i := len(layers) - 1; i >= lora.lowest(); i-- {
+		for i := len(layers) - 1; i >= s.lora.lowest(); i-- {
 			gradient = s.backward(i, gradient, layers[i])
 		}
 	}
-	if m.inspect != nil {
-		m.inspect(s.graph)
-	}
-	if err := m.backend.ComputeParts(s.graph, m.allocator, cut, between); err != nil {
-		return engine.Result{}, nil, err
-	}
-	if train {
-		lora.fromDevice()
-	}
+	return cut
+}
+
+// weigh replaces the weights by those that Batch.Weigh makes of the losses.
+func (s *step) weigh(result engine.Result) error {
 	s.read(result)
-	var out [][]float32
-	if wantLogits {
-		values := make([]float32, m.Vocabulary*len(positions))
-		s.targets.logits.GetFloats(values)
-		out = slices.Collect(slices.Chunk(values, m.Vocabulary))
+	weights, err := s.batch.Weigh(result.Losses)
+	if err != nil {
+		return err
 	}
-	return result, out, nil
+	if len(weights) != len(s.batch.Targets) {
+		return fmt.Errorf("micro-batch: %d weights for %d targets", len(weights), len(s.batch.Targets))
+	}
+	s.blocks.weigh(s, s.batch, weights)
+	return nil
 }
 
 // read copies the targets' results to the host.
