@@ -21,6 +21,7 @@ import (
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/app"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/store"
 )
 
 // dryRun shows what `hone finetune create` would start.
@@ -65,6 +66,9 @@ func anyServer(cmd *cobra.Command, s streams) (c *client.Client, stop func(), er
 	}
 	a := app.New(cfg, app.Options{Logger: plainLogger(s.err), Stderr: s.err, IdleJobs: true})
 	if err := a.Start(ctx); err != nil {
+		if errors.As(err, new(*store.InUseError)) {
+			err = fmt.Errorf("%w; if that is a server, say with --base-url where it listens", err)
+		}
 		return nil, nil, err
 	}
 	stop = func() {

@@ -116,6 +116,12 @@ func newSmallServer(examples string) http.Handler {
 		fmt.Fprint(w, `{"id":"ftjob-1","status":"validating_files"}`)
 	})
 	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-1", s.job)
+	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-long", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"id":"ftjob-long","status":"running"}`)
+	})
+	mux.HandleFunc("GET /v1/fine_tuning/jobs/ftjob-long/events", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"object":"list","data":[{"id":"e1","level":"info","message":"Fine-tuning job started","type":"message","data":{}}],"has_more":false}`)
+	})
 	mux.HandleFunc("GET /v1/fine_tuning/jobs", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"object":"list","data":[{"id":"ftjob-1","status":"failed","model":"base","created_at":1,"error":{"code":"c","message":"行 3 is not JSON"}}],"has_more":false}`)
 	})
