@@ -100,6 +100,7 @@ struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_te
 	ggml_custom_op_t fun, int n_tasks, void *userdata);
 
 // Operations of graphs that run on every kind of device.
+const char *ggml_type_name(unsigned int type);
 const char *ggml_op_desc(const struct ggml_tensor *t);
 void ggml_set_output(struct ggml_tensor *tensor);
 struct ggml_tensor *ggml_add_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);

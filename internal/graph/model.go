@@ -68,7 +68,8 @@ type Model struct {
 	head        linear
 	ropeFactors ggml.Tensor
 
-	inspect func(*ggml.Graph) // tests look at a step's graph
+	inspect func(*ggml.Graph)     // tests look at a step's graph
+	costs   *map[string]ggml.Cost // of the running Profile
 }
 
 // Load copies the weights of a model file to the backend, in the layout's types; the file's own mapping may be closed

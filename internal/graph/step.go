@@ -64,6 +64,15 @@ func (m *Model) Evaluate(b engine.Batch, lora *LoRA) (engine.Result, error) {
 	return result, err
 }
 
+// Profile computes what Gradients does, node by node, and returns what each kind of node costs: see ggml.Backend.Profile.
+func (m *Model) Profile(b engine.Batch, lora *LoRA) (map[string]ggml.Cost, error) {
+	var costs map[string]ggml.Cost
+	m.costs = &costs
+	_, _, err := m.run(b, lora, true, 1, false)
+	m.costs = nil
+	return costs, err
+}
+
 // Logits returns the logits of each distinct position that has targets, [positions][vocabulary].
 func (m *Model) Logits(b engine.Batch, lora *LoRA) ([][]float32, error) {
 	_, logits, err := m.run(b, lora, false, 1, true)
@@ -91,7 +100,12 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 		m.inspect(s.graph)
 	}
 	result := engine.Result{Losses: make([]float32, len(b.Targets)), Correct: make([]bool, len(b.Targets))}
-	if err := m.backend.ComputeParts(s.graph, m.allocator, cut, func() error { return s.weigh(result) }); err != nil {
+	if m.costs != nil {
+		*m.costs, err = m.backend.Profile(s.graph, m.allocator)
+	} else {
+		err = m.backend.ComputeParts(s.graph, m.allocator, cut, func() error { return s.weigh(result) })
+	}
+	if err != nil {
 		return engine.Result{}, nil, err
 	}
 	if train {
