@@ -41,6 +41,7 @@ type Config struct {
 	ContextTokens int           `mapstructure:"context_tokens"`
 	Sequences     int           `mapstructure:"sequences"`
 	Threads       int           `mapstructure:"threads"`
+	Device        string        `mapstructure:"device"` // auto, cpu, cuda
 	LoadTimeout   time.Duration `mapstructure:"load_timeout"`
 	ShutdownGrace time.Duration `mapstructure:"shutdown_grace"`
 	Trainer       Trainer       `mapstructure:"trainer"`
@@ -257,8 +258,10 @@ func (c *Config) Validate() error {
 	if c.ShutdownGrace < 0 {
 		bad("shutdown_grace", c.ShutdownGrace, "a duration such as 10s")
 	}
-	if devices := []string{"auto", "cpu", "cuda"}; !slices.Contains(devices, c.Trainer.Device) {
-		bad("trainer.device", fmt.Sprintf("%q", c.Trainer.Device), "one of "+strings.Join(devices, ", "))
+	for _, d := range []struct{ key, value string }{{"device", c.Device}, {"trainer.device", c.Trainer.Device}} {
+		if devices := []string{"auto", "cpu", "cuda"}; !slices.Contains(devices, d.value) {
+			bad(d.key, fmt.Sprintf("%q", d.value), "one of "+strings.Join(devices, ", "))
+		}
 	}
 	if _, err := c.Trainer.memoryBytes(); err != nil {
 		bad("trainer.memory", fmt.Sprintf("%q", c.Trainer.Memory), "0 (what is free) or a size such as 12GiB")

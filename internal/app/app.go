@@ -112,7 +112,7 @@ func (a *App) Start(ctx context.Context) (err error) {
 	}
 	a.runners = child.NewRunners(child.RunnersOptions{
 		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger, ReadyTimeout: a.cfg.LoadTimeout,
-		ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads,
+		ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads, Device: a.cfg.Device,
 	})
 	a.jobs = finetune.New(finetune.Options{
 		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),

@@ -31,6 +31,7 @@ type RunnersOptions struct {
 	ContextTokens int           // 0: see RunnerConfig
 	Sequences     int           // 0: see RunnerConfig
 	Threads       int           // 0: all cores
+	Device        string        // see RunnerConfig
 	ReadyTimeout  time.Duration // 0: 5 minutes; loading a large model from a slow disk takes some
 	Logger        *slog.Logger  // nil drops the log
 }
@@ -151,7 +152,7 @@ func (r *Runners) keep(base Base, l *loading) {
 	defer cancel()
 	l.runner, l.err = StartRunner(ctx, RunnerOptions{
 		Exe: r.opts.Exe, Args: r.opts.Args, Env: r.opts.Env, Stderr: r.opts.Stderr, SocketDir: r.opts.SocketDir,
-		Config: RunnerConfig{ModelDir: base.Dir, ContextTokens: r.opts.ContextTokens, Sequences: r.opts.Sequences, Threads: r.opts.Threads},
+		Config: RunnerConfig{ModelDir: base.Dir, ContextTokens: r.opts.ContextTokens, Sequences: r.opts.Sequences, Threads: r.opts.Threads, Device: r.opts.Device},
 	})
 	if l.err != nil {
 		if r.ctx.Err() != nil {

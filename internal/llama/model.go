@@ -18,7 +18,13 @@ import (
 type ModelOptions struct {
 	// VocabularyOnly loads metadata and vocabulary and no weights: enough to tokenize.
 	VocabularyOnly bool
+	// GPULayers is how many layers the GPUs whose backends are loaded compute (n_gpu_layers); AllLayers takes all, and
+	// the head. 0 leaves the model to the CPU.
+	GPULayers int
 }
+
+// AllLayers is more layers than a model has.
+const AllLayers = 1 << 20
 
 // Model is a loaded GGUF file: metadata, vocabulary and, unless VocabularyOnly, weights. Goroutines may share it;
 // Close must come after every context, adapter and other call on it has ended.
@@ -34,6 +40,7 @@ type Model struct {
 func LoadModel(path string, o ModelOptions) (*Model, error) {
 	params := C.llama_model_default_params()
 	params.vocab_only = C.bool(o.VocabularyOnly)
+	params.n_gpu_layers = C.int32_t(o.GPULayers)
 	m := &Model{vocabularyOnly: o.VocabularyOnly}
 	name, free := cString(path)
 	defer free()

@@ -30,6 +30,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/llama"
 	"github.com/hone-llm/hone/internal/prompt"
@@ -56,6 +57,7 @@ type Options struct {
 	ContextTokens int          // longest prompt + completion; 0 takes the model's own, at most 8192
 	Sequences     int          // decoded in one batch; 0 means 8, at most 32
 	Threads       int          // 0 means all cores
+	Device        string       // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
 	Logger        *slog.Logger // nil discards
 
 	poolTokens int // cells of the cache; tests make it small
@@ -106,7 +108,15 @@ func New(o Options) (_ *Runner, err error) {
 		return nil, invalid(fmt.Errorf("model %s: %w", path, err))
 	}
 	llama.Open(llama.Options{Logger: o.Logger})
-	if r.model, err = llama.LoadModel(path, llama.ModelOptions{}); err != nil {
+	gpu, err := placement(o.Device, r.base.Size, o.Logger)
+	if err != nil {
+		return nil, err
+	}
+	model := llama.ModelOptions{}
+	if gpu {
+		model.GPULayers = llama.AllLayers
+	}
+	if r.model, err = llama.LoadModel(path, model); err != nil {
 		return nil, invalid(err)
 	}
 	if r.prompts, err = prompt.Open(o.ModelDir, r.model.ChatTemplate(), r.model); err != nil {
@@ -127,7 +137,7 @@ func New(o Options) (_ *Runner, err error) {
 	if o.poolTokens == 0 {
 		o.poolTokens = min(o.Sequences*r.contextTokens, max(r.contextTokens, poolTokens))
 	}
-	if r.scheduler, err = newScheduler(r.model, schedulerOptions{poolTokens: o.poolTokens, sequences: o.Sequences, threads: o.Threads}); err != nil {
+	if r.scheduler, err = newScheduler(r.model, schedulerOptions{poolTokens: o.poolTokens, sequences: o.Sequences, threads: o.Threads, gpu: gpu}); err != nil {
 		return nil, fmt.Errorf("model %s: %w", path, err)
 	}
 	r.adapters = newAdapters(r.model, r.base, r.scheduler)
@@ -136,6 +146,32 @@ func New(o Options) (_ *Runner, err error) {
 		r.scheduler.run()
 	}()
 	return r, nil
+}
+
+// placement decides whether a model of so many bytes is computed on a GPU. Its error is a *child.Error: the GPU that was
+// asked for is not there.
+func placement(device string, bytes int64, logger *slog.Logger) (gpu bool, err error) {
+	if device == "" || device == "cpu" {
+		return false, nil
+	}
+	devices, err := ggml.Devices("")
+	switch {
+	case err != nil && device == "cuda":
+		return false, &child.Error{Code: child.CodeInvalidRequest, Param: "device", Message: fmt.Sprintf("device cuda: %v", err)}
+	case err != nil:
+		logger.Debug("no GPU", slog.Any("reason", err))
+		return false, nil
+	}
+	// The cache and the buffers of computation take about a quarter of a model's size again.
+	need := bytes + bytes/4
+	for _, d := range devices {
+		if device == "cuda" || int64(d.FreeBytes) > need {
+			logger.Info("answers are computed on the GPU", slog.String("device", d.Description), slog.Int("free_bytes", d.FreeBytes))
+			return true, nil
+		}
+	}
+	logger.Info("the model does not fit into the GPU", slog.Int64("needed_bytes", need))
+	return false, nil
 }
 
 // ContextTokens is the longest prompt + completion of one sequence.

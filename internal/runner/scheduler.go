@@ -36,6 +36,7 @@ type slot struct {
 
 type schedulerOptions struct {
 	poolTokens, sequences, threads int
+	gpu                            bool // the model is on a GPU
 }
 
 // scheduler owns the engine's context; only the goroutine of run touches what is not guarded by mu.
@@ -66,8 +67,12 @@ type scheduler struct {
 
 func newScheduler(m *llama.Model, o schedulerOptions) (*scheduler, error) {
 	slots := 2 * o.sequences
+	attention := llama.AttentionFlash
+	if o.gpu {
+		attention = llama.AttentionPlain // make cuda leaves the flash kernels out, which take most of its build
+	}
 	c, err := llama.NewContext(m, llama.ContextOptions{
-		Tokens: o.poolTokens, Sequences: slots, BatchTokens: stepTokens, MicroBatchTokens: stepTokens, Threads: o.threads,
+		Tokens: o.poolTokens, Sequences: slots, BatchTokens: stepTokens, MicroBatchTokens: stepTokens, Threads: o.threads, Attention: attention,
 	})
 	if err != nil {
 		return nil, err
