@@ -300,3 +300,62 @@ func TestScatterRows(t *testing.T) {
 	})
 	near(t, "rows", got[0], want, 1e-6)
 }
+
+func TestRMSNorm(t *testing.T) {
+	const eps = 1e-5
+	for _, s := range []struct{ d, tokens int }{{16, 1}, {576, 7}, {2064, 5}} {
+		x, gamma, dy, residual := normal(1, s.d*s.tokens), normal(2, s.d), normal(3, s.d*s.tokens), normal(4, s.d*s.tokens)
+		y, dx := make([]float64, len(x)), make([]float64, len(x))
+		for from := 0; from < len(x); from += s.d {
+			square, dot := 0.0, 0.0
+			for i := range s.d {
+				square += float64(x[from+i]) * float64(x[from+i])
+				dot += float64(x[from+i]) * float64(gamma[i]) * float64(dy[from+i])
+			}
+			inverse := 1 / math.Sqrt(square/float64(s.d)+eps)
+			for i := range s.d {
+				y[from+i] = float64(x[from+i]) * inverse * float64(gamma[i])
+				dx[from+i] = float64(gamma[i])*float64(dy[from+i])*inverse - float64(x[from+i])*dot*inverse*inverse*inverse/float64(s.d)
+			}
+		}
+		got := eachThreads(t, func(h *harness) []Tensor {
+			tx, tg, td := h.floats(x, s.d, s.tokens), h.floats(gamma, s.d), h.floats(dy, s.d, s.tokens)
+			return []Tensor{
+				h.add(h.x.RMSNorm(tx, tg, eps)),
+				h.add(h.x.RMSNormBack(tx, tg, td, Tensor{}, eps)),
+				h.add(h.x.RMSNormBack(tx, tg, td, h.floats(residual, s.d, s.tokens), eps)),
+			}
+		})
+		near(t, "norm", got[0], y, 1e-6)
+		near(t, "gradient", got[1], dx, 1e-5)
+		for i := range dx {
+			dx[i] += float64(residual[i])
+		}
+		near(t, "gradient and residual", got[2], dx, 1e-5)
+	}
+}
+
+func TestSwiGLU(t *testing.T) {
+	const f, tokens = 80, 13
+	gate, up, dy := normal(1, f*tokens), normal(2, f*tokens), normal(3, f*tokens)
+	for i := range gate {
+		gate[i] *= float32(i%50) / 4 // up to about 40: both ends of the exponential
+	}
+	y, dgate, dup := make([]float64, len(gate)), make([]float64, len(gate)), make([]float64, len(gate))
+	for i, g := range gate {
+		s := 1 / (1 + math.Exp(-float64(g)))
+		y[i] = float64(g) * s * float64(up[i])
+		dup[i] = float64(dy[i]) * float64(g) * s
+		dgate[i] = float64(dy[i]) * float64(up[i]) * s * (1 + float64(g)*(1-s))
+	}
+	got := eachThreads(t, func(h *harness) []Tensor {
+		tg, tu, td := h.floats(gate, f, tokens), h.floats(up, f, tokens), h.floats(dy, f, tokens)
+		out := h.add(h.x.SwiGLU(tg, tu))
+		a, b, node := h.x.SwiGLUBack(tg, tu, td)
+		h.add(node)
+		return []Tensor{out, a, b}
+	})
+	near(t, "output", got[0], y, 1e-6)
+	near(t, "dgate", got[1], dgate, 1e-6)
+	near(t, "dup", got[2], dup, 1e-6)
+}
