@@ -3,6 +3,7 @@ package finetune
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -161,13 +162,16 @@ type conversation struct {
 	ParallelToolCalls *bool              `json:"parallel_tool_calls"`
 }
 
-// The kinds of rows, as messages name them. All rows of a file are of one kind.
+// The kinds of rows, as messages name them. All rows of a file are of one kind. internal/dataset, which reads them again in the
+// trainer, has the same.
 const (
-	chatRow       = `{"messages"}`
-	completionRow = `{"prompt", "completion"}`
-	textRow       = `{"text"}`
-	openAIPair    = `{"input", "preferred_output", "non_preferred_output"}` // of method dpo
-	trlPair       = `{"prompt", "chosen", "rejected"}`                      // of method dpo
+	chatRow       = `{"messages": [...]}`
+	completionRow = `{"prompt": "...", "completion": "..."}`
+	chatAnswerRow = `{"prompt": [messages], "completion": [messages]}`
+	textRow       = `{"text": "..."}`
+	openAIPair    = `{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}` // of method dpo, as the next two
+	textPair      = `{"prompt": "...", "chosen": "...", "rejected": "..."}`
+	chatPair      = `{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`
 )
 
 // expectedRows says what a line of a training file may be.
@@ -184,56 +188,131 @@ func validateRow(line []byte, method string) (kind string, err error) {
 	if err := json.Unmarshal(line, &row); err != nil {
 		return "", jsonError(err, expectedRows(method))
 	}
-	has := func(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
-	switch {
-	case row.Messages != nil:
-		kind, err = chatRow, row.check()
-	case row.Input != nil || has(row.Preferred) || has(row.NonPreferred):
-		kind = openAIPair
-		switch {
-		case row.Input == nil || row.Input.Messages == nil:
-			err = errors.New(`no "input"; expected {"messages": [...]}, the conversation that both answers follow`)
-		case !has(row.Preferred):
-			err = errors.New(`no "preferred_output"; expected a list with the better answer, an assistant message`)
-		case !has(row.NonPreferred):
-			err = errors.New(`no "non_preferred_output"; expected a list with the other answer, an assistant message`)
-		default:
-			err = checkPair(row.Input, "input.messages", "preferred_output", row.Preferred, "non_preferred_output", row.NonPreferred)
-		}
-	case has(row.Chosen) || has(row.Rejected):
-		kind = trlPair
-		switch {
-		case !has(row.Prompt):
-			err = errors.New(`no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`)
-		case !has(row.Chosen):
-			err = errors.New(`no "chosen"; expected the better answer`)
-		case !has(row.Rejected):
-			err = errors.New(`no "rejected"; expected the other answer`)
-		default:
-			err = checkPrompted(row.conversation, row.Prompt, []string{"chosen", "rejected"}, []json.RawMessage{row.Chosen, row.Rejected})
-		}
-	case has(row.Prompt) || has(row.Completion):
-		kind = completionRow
-		switch {
-		case !has(row.Prompt):
-			err = errors.New(`no "prompt"; expected it beside "completion": a text, which may be empty, or messages`)
-		case !has(row.Completion):
-			err = errors.New(`no "completion"; expected it beside "prompt": a text or messages`)
-		default:
-			err = checkPrompted(row.conversation, row.Prompt, []string{"completion"}, []json.RawMessage{row.Completion})
-		}
-	case has(row.Text):
-		kind, err = textRow, checkText("text", row.Text)
-	default:
-		return "", fmt.Errorf("%s; this one has %s", expectedRows(method), keys(line))
-	}
-	if pair := kind == openAIPair || kind == trlPair; pair != (method == DPO) {
+	kind, err = row.check(method)
+	if pair := kind == openAIPair || kind == textPair || kind == chatPair; kind != "" && pair != (method == DPO) {
 		if pair {
 			return kind, fmt.Errorf("a row %s is of method dpo, and the job is %s; %s", kind, method, expectedRows(method))
 		}
 		return kind, fmt.Errorf("a row %s has no two answers to compare, and the job is dpo; %s", kind, expectedRows(method))
 	}
+	if kind == "" {
+		err = fmt.Errorf("%s; this one has %s", expectedRows(method), keys(line))
+	}
 	return kind, err
+}
+
+func present(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
+func isList(raw json.RawMessage) bool  { return len(raw) > 0 && raw[0] == '[' }
+
+// check returns the row's kind, and what is wrong with it. It goes from the keys that mean one thing only to those that
+// other kinds of rows have beside theirs; keys that no kind has are the author's own. The kind of a row without any is "".
+func (r *trainingRow) check(method string) (kind string, err error) {
+	switch {
+	case r.Input != nil || present(r.Preferred) || present(r.NonPreferred):
+		return openAIPair, r.checkOpenAIPair()
+	case present(r.Chosen) || present(r.Rejected):
+		return r.checkTRLPair()
+	case r.Messages != nil:
+		return chatRow, r.conversation.check()
+	case present(r.Completion) || present(r.Prompt) && method == Supervised:
+		return r.checkCompletion()
+	case present(r.Text):
+		return textRow, checkText("text", r.Text)
+	}
+	return "", nil
+}
+
+func (r *trainingRow) checkOpenAIPair() error {
+	switch {
+	case r.Input == nil || r.Input.Messages == nil:
+		return errors.New(`no "input"; expected {"messages": [...]}, the conversation that both answers follow`)
+	case !present(r.Preferred):
+		return errors.New(`no "preferred_output"; expected a list with the better answer, an assistant message`)
+	case !present(r.NonPreferred):
+		return errors.New(`no "non_preferred_output"; expected a list with the other answer, an assistant message`)
+	}
+	return cmp.Or(
+		r.Input.checkAnswer("input.messages", "preferred_output", r.Preferred, true),
+		r.Input.checkAnswer("input.messages", "non_preferred_output", r.NonPreferred, true),
+	)
+}
+
+func (r *trainingRow) checkTRLPair() (kind string, err error) {
+	switch {
+	case !present(r.Chosen):
+		return textPair, errors.New(`no "chosen"; expected the better answer`)
+	case !present(r.Rejected):
+		return textPair, errors.New(`no "rejected"; expected the other answer`)
+	case !isList(r.Chosen) && !isList(r.Rejected):
+		if !present(r.Prompt) {
+			return textPair, errors.New(`no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`)
+		}
+		return textPair, checkTexts(r.Prompt, []string{"chosen", "rejected"}, r.Chosen, r.Rejected)
+	case !isList(r.Prompt):
+		return chatPair, r.conversation.checkWhole(r.Chosen, r.Rejected)
+	}
+	c := r.conversation
+	if err := json.Unmarshal(r.Prompt, &c.Messages); err != nil {
+		return chatPair, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages"))
+	}
+	return chatPair, cmp.Or(c.checkAnswer("prompt", "chosen", r.Chosen, true), c.checkAnswer("prompt", "rejected", r.Rejected, true))
+}
+
+func (r *trainingRow) checkCompletion() (kind string, err error) {
+	switch {
+	case !present(r.Prompt):
+		return completionRow, errors.New(`no "prompt"; expected it beside "completion": a text, which may be empty, or messages`)
+	case !present(r.Completion):
+		return completionRow, errors.New(`no "completion"; expected it beside "prompt": a text or messages`)
+	case !isList(r.Prompt) && !isList(r.Completion):
+		return completionRow, checkTexts(r.Prompt, []string{"completion"}, r.Completion)
+	}
+	c := r.conversation
+	if err := json.Unmarshal(r.Prompt, &c.Messages); err != nil {
+		return chatAnswerRow, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages, as the completion is one"))
+	}
+	return chatAnswerRow, c.checkAnswer("prompt", "completion", r.Completion, false)
+}
+
+// checkTexts checks a prompt, which may be empty, and the answers to it, which may not.
+func checkTexts(prompt json.RawMessage, names []string, answers ...json.RawMessage) error {
+	var text string
+	if err := json.Unmarshal(prompt, &text); err != nil {
+		return fmt.Errorf("prompt: %w", jsonError(err, "expected a text or a list of messages"))
+	}
+	for i, answer := range answers {
+		if err := checkText(names[i], answer); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkWhole checks two conversations that differ in their last message alone: TRL's pairs without a prompt.
+func (c *conversation) checkWhole(chosen, rejected json.RawMessage) error {
+	var both [2][]json.RawMessage
+	for i, raw := range []json.RawMessage{chosen, rejected} {
+		if err := json.Unmarshal(raw, &both[i]); err != nil {
+			return fmt.Errorf("%s: %w", [2]string{"chosen", "rejected"}[i], jsonError(err, "expected a list of messages"))
+		}
+	}
+	n := len(both[0]) - 1
+	if n < 1 || len(both[1]) != n+1 {
+		return errors.New(`no list of messages as "prompt", and "chosen" and "rejected" are no conversations that differ in their last message alone`)
+	}
+	whole := *c
+	before := both[0][:n]
+	whole.Messages = &before
+	for i, name := range [2]string{"chosen", "rejected"} {
+		answer, err := json.Marshal(both[i][n:])
+		if err != nil {
+			return err
+		}
+		if err := whole.checkAnswer(name, name, answer, true); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func checkText(name string, raw json.RawMessage) error {
@@ -245,34 +324,6 @@ func checkText(name string, raw json.RawMessage) error {
 		return fmt.Errorf("%s is empty; expected text", name)
 	}
 	return nil
-}
-
-// checkPrompted checks a prompt and the answers to it: all texts, or all lists of messages.
-func checkPrompted(c conversation, prompt json.RawMessage, names []string, answers []json.RawMessage) error {
-	var text string
-	if json.Unmarshal(prompt, &text) == nil {
-		for i, raw := range answers {
-			if err := checkText(names[i], raw); err != nil {
-				return fmt.Errorf("%w, as the prompt is one", err)
-			}
-		}
-		return nil
-	}
-	if err := json.Unmarshal(prompt, &c.Messages); err != nil {
-		return fmt.Errorf("prompt: %w", jsonError(err, "expected a text or a list of messages"))
-	}
-	if len(names) == 2 {
-		return checkPair(&c, "prompt", names[0], answers[0], names[1], answers[1])
-	}
-	return c.checkAnswer("prompt", names[0], answers[0], false)
-}
-
-// checkPair checks two answers to one conversation, whose messages are called prompt.
-func checkPair(c *conversation, prompt, better string, first json.RawMessage, worse string, second json.RawMessage) error {
-	if err := c.checkAnswer(prompt, better, first, true); err != nil {
-		return err
-	}
-	return c.checkAnswer(prompt, worse, second, true)
 }
 
 // check checks a conversation to learn from.

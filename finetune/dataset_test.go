@@ -31,6 +31,7 @@ const (
 func TestValidatePairs(t *testing.T) {
 	t.Parallel()
 	chat := `{"prompt":[{"role":"user","content":"q"}],"chosen":[{"role":"assistant","content":"a"}],"rejected":[{"role":"assistant","content":"b"}]}`
+	whole := `{"chosen":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}],"rejected":[{"role":"user","content":"q"},{"role":"assistant","content":"b"}]}`
 	dpo := expectedRows(DPO)
 	for name, test := range map[string]struct {
 		file string
@@ -39,11 +40,14 @@ func TestValidatePairs(t *testing.T) {
 	}{
 		"TRL":              {pair, 1, ""},
 		"TRL's chat":       {chat, 1, ""},
+		"TRL's whole":      {whole + "\n" + `{"prompt":"q","messages":[],` + whole[1:], 2, ""},
+		"whole differ":     {strings.Replace(whole, `{"role":"user","content":"q"},`, "", 1), 0, `line 1: no list of messages as "prompt", and "chosen" and "rejected" are no conversations that differ in their last message alone`},
 		"OpenAI":           {openAI + "\n" + openAI, 2, ""},
 		"empty":            {"", 0, "no rows; " + dpo},
-		"no pair":          {row, 0, `line 1: a row {"messages"} has no two answers to compare, and the job is dpo; ` + dpo},
+		"no pair":          {row, 0, `line 1: a row {"messages": [...]} has no two answers to compare, and the job is dpo; ` + dpo},
 		"no keys":          {`{}`, 0, "line 1: " + dpo + "; this one has no keys"},
-		"mixed":            {openAI + "\n" + pair, 1, `line 2: a row {"prompt", "chosen", "rejected"}, and line 1 is a row {"input", "preferred_output", "non_preferred_output"}; expected rows of one kind in a file`},
+		"mixed":            {openAI + "\n" + pair, 1, `line 2: a row {"prompt": "...", "chosen": "...", "rejected": "..."}, and line 1 is a row {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}; expected rows of one kind in a file`},
+		"prompt alone":     {`{"prompt":"q"}`, 0, "line 1: " + dpo + `; this one has the key "prompt"`},
 		"no prompt":        {`{"chosen":"a","rejected":"b"}`, 0, `line 1: no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`},
 		"no chosen":        {`{"prompt":"q","rejected":"b"}`, 0, `line 1: no "chosen"; expected the better answer`},
 		"no rejected":      {`{"prompt":"q","chosen":"b"}`, 0, `line 1: no "rejected"; expected the other answer`},
@@ -130,8 +134,8 @@ func TestValidateDataset(t *testing.T) {
 		"prompts of chat":    {`{"prompt":[{"role":"user","content":"q"}],"completion":[{"role":"assistant","content":"a"}]}`, 1, ""},
 		"no completion":      {`{"prompt":"q"}`, 0, `line 1: no "completion"; expected it beside "prompt": a text or messages`},
 		"no prompt":          {`{"completion":"q"}`, 0, `line 1: no "prompt"; expected it beside "completion": a text, which may be empty, or messages`},
-		"completion empty":   {`{"prompt":"q","completion":""}`, 0, "line 1: completion is empty; expected text, as the prompt is one"},
-		"completion a chat":  {`{"prompt":"q","completion":[]}`, 0, "line 1: completion: a JSON array; expected a text, as the prompt is one"},
+		"completion empty":   {`{"prompt":"q","completion":""}`, 0, "line 1: completion is empty; expected text"},
+		"completion a chat":  {`{"prompt":"q","completion":[]}`, 0, "line 1: prompt: a JSON string; expected a list of messages, as the completion is one"},
 		"completion a text":  {`{"prompt":[{"role":"user","content":"q"}],"completion":"a"}`, 0, "line 1: completion: a JSON string; expected a list of messages"},
 		"completion of user": {`{"prompt":[{"role":"user","content":"q"}],"completion":[{"role":"user","content":"a"}]}`, 0, "line 1: completion[0].role is user after user; expected user and assistant to take turns"},
 		"prompt ends wrong":  {`{"prompt":[{"role":"system","content":"q"}],"completion":[{"role":"assistant","content":"a"}]}`, 0, `line 1: the last message of prompt has role "system"; expected user, whom the answer follows`},
@@ -139,8 +143,8 @@ func TestValidateDataset(t *testing.T) {
 		"text":               {`{"text":"t"}`, 1, ""},
 		"text empty":         {`{"text":" "}`, 0, "line 1: text is empty; expected text"},
 		"text a number":      {`{"text":1}`, 0, "line 1: text: a JSON number; expected a text"},
-		"mixed":              {row + "\n\n" + `{"text":"t"}`, 1, `line 3: a row {"text"}, and line 1 is a row {"messages"}; expected rows of one kind in a file`},
-		"pairs":              {pair, 0, `line 1: a row {"prompt", "chosen", "rejected"} is of method dpo, and the job is supervised; ` + sft},
+		"mixed":              {row + "\n\n" + `{"text":"t"}`, 1, `line 3: a row {"text": "..."}, and line 1 is a row {"messages": [...]}; expected rows of one kind in a file`},
+		"pairs":              {pair, 0, `line 1: a row {"prompt": "...", "chosen": "...", "rejected": "..."} is of method dpo, and the job is supervised; ` + sft},
 
 		"no answer":        {`{"messages":[{"role":"user","content":"q"}]}`, 0, `line 1: the last message has role "user"; expected assistant, whose answer is learnt`},
 		"weight of user":   {`{"messages":[{"role":"user","content":"q","weight":1},{"role":"assistant","content":"a"}]}`, 0, "line 1: messages[0].weight is set on a user message; expected it on assistant messages only"},
