@@ -15,7 +15,7 @@ import (
 func BenchmarkLayouts(b *testing.B) {
 	layouts := []graph.Layout{
 		{Forward: graph.Packed, Backward: graph.Packed}, {Forward: ggml.F32, Backward: ggml.BF16}, {Forward: ggml.BF16, Backward: ggml.BF16},
-		{Forward: graph.Stored, Backward: graph.Packed}, {Forward: graph.Stored, Backward: graph.Stored},
+		{Forward: graph.Packed, Backward: graph.Stored}, {Forward: graph.Stored, Backward: graph.Stored},
 	}
 	best := make([]time.Duration, len(layouts))
 	var models []*graph.Model

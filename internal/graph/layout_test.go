@@ -138,6 +138,20 @@ func TestLayoutNames(t *testing.T) {
 			t.Errorf("ParseLayout(%q) = %v, %v", l, got, err)
 		}
 	}
+	for _, name := range graph.LayoutNames {
+		for _, gpu := range []bool{false, true} {
+			l, err := graph.LayoutOf(name, gpu)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := graph.ParseLayout(l.String()); err != nil || got != l {
+				t.Errorf("%s: ParseLayout(%q) = %v, %v", name, l, got, err)
+			}
+		}
+	}
+	if l, err := graph.LayoutOf("small", false); err == nil {
+		t.Errorf("LayoutOf(small) = %v", l)
+	}
 	for _, text := range []string{"", "packed", "packed/", "/packed", "packed/packed/packed", "q3_k/packed"} {
 		if l, err := graph.ParseLayout(text); err == nil {
 			t.Errorf("ParseLayout(%q) = %v", text, l)
