@@ -21,7 +21,7 @@ type RunnerConfig struct {
 	ContextTokens int    `json:"context_tokens"` // longest prompt + completion of one sequence; 0 takes the model's own, at most 8192
 	Sequences     int    `json:"sequences"`      // sequences decoded in one batch; 0 means 8
 	Threads       int    `json:"threads"`        // 0 means all cores
-	Device        string `json:"device"`         // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
+	Device        string `json:"device,omitempty"`// cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
 }
 
 // RunnerEvent is one line of a runner's standard output. The first is ready or failed.
