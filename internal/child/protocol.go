@@ -16,12 +16,12 @@ import (
 
 // RunnerConfig is the first line of a runner's standard input.
 type RunnerConfig struct {
-	Socket        string `json:"socket"`         // path of the unix socket to listen on
-	ModelDir      string `json:"model_dir"`      // models/<name>: base.gguf, tokenizer.json?, chat_template.jinja?
-	ContextTokens int    `json:"context_tokens"` // longest prompt + completion of one sequence; 0 takes the model's own, at most 8192
-	Sequences     int    `json:"sequences"`      // sequences decoded in one batch; 0 means 8
-	Threads       int    `json:"threads"`        // 0 means all cores
-	Device        string `json:"device,omitempty"`// cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
+	Socket        string `json:"socket"`           // path of the unix socket to listen on
+	ModelDir      string `json:"model_dir"`        // models/<name>: base.gguf, tokenizer.json?, chat_template.jinja?
+	ContextTokens int    `json:"context_tokens"`   // longest prompt + completion of one sequence; 0 takes the model's own, at most 8192
+	Sequences     int    `json:"sequences"`        // sequences decoded in one batch; 0 means 8
+	Threads       int    `json:"threads"`          // 0 means all cores
+	Device        string `json:"device,omitempty"` // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
 }
 
 // RunnerEvent is one line of a runner's standard output. The first is ready or failed.
