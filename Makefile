@@ -47,6 +47,14 @@ run: build model ## start the server on the default data directory; the default 
 build: prerequisites ## build bin/hone
 	@$(engine); go build -o bin/hone .
 
+# HONE_LIB names another directory to load from. CUDA_ARCHITECTURES is as CMake's CMAKE_CUDA_ARCHITECTURES: 90, "80;89", all-major.
+.PHONY: cuda
+CUDA_ARCHITECTURES ?= native
+cuda: ## build lib/hone/libggml-cuda.so beside bin, which lets jobs run on NVIDIA GPUs (CUDA 12 or 13, CMake; minutes)
+	cmake -S scripts/cuda -B build/cuda -DGGML_DIR="$$(go list -m -f '{{.Dir}}' github.com/ollama/ollama)/ml/backend/ggml/ggml" \
+		-DCUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" -Dout=$(CURDIR)/lib/hone
+	cmake --build build/cuda --target ggml-cuda --parallel
+
 .PHONY: native
 native: ## build libtokenizers.a (Rust, about 3 minutes, once), which is kept outside the tree
 	@scripts/native.sh >/dev/null
@@ -131,4 +139,4 @@ debian-packages: ## install what Debian or Ubuntu packages of the prerequisites 
 
 .PHONY: clean
 clean: ## remove what was built in this tree (the cache outside of it stays)
-	rm -rf bin build
+	rm -rf bin build lib
