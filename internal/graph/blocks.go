@@ -43,17 +43,19 @@ type blocks interface {
 	loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor
 	loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part)
 
-	// pick takes the tokens of index [n] out of x; scatter adds their gradients to dx (invalid: to zeroes).
+	// pick takes the columns of index [n] out of x; scatter adds their gradients to dx (invalid: to zeroes), which has
+	// so many columns.
 	pick(s *step, x, index ggml.Tensor) ggml.Tensor
-	scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor
+	scatter(s *step, dx, v, index ggml.Tensor, columns int) ggml.Tensor
 	// loss writes the losses of targets into their part of s.stats and returns the gradient of the logits [V, n],
 	// which may take their place, or an invalid tensor without backward.
 	loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor
 }
 
 type limits struct {
-	nodesPerLayer int // operations and views of a layer, forward and backward
-	headTokens    int // positions that the head takes at once: its logits are headTokens x vocabulary float32 values
+	nodesPerLayer int  // operations and views of a layer, forward and backward
+	headTokens    int  // positions that the head takes at once: its logits are headTokens x vocabulary float32 values
+	prune         bool // the last layer may compute some positions only
 }
 
 const extraInputs = 16

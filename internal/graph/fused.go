@@ -8,7 +8,7 @@ import (
 // fused are the blocks of the CPU: custom operations that compute what plain.go composes from ggml's own.
 type fused struct{}
 
-func (fused) limits(int) limits { return limits{nodesPerLayer: 200, headTokens: 128} }
+func (fused) limits(int) limits { return limits{nodesPerLayer: 200, headTokens: 128, prune: true} }
 
 func (fused) begin(*step, engine.Batch, *ggml.Context) (func(), error) { return func() {}, nil }
 
@@ -90,15 +90,19 @@ func (s *step) dropout(p *Part) ggml.Dropout {
 	if p == nil {
 		return ggml.Dropout{}
 	}
-	return ggml.Dropout{Seeds: s.seeds, Module: p.Layer*int(modules) + int(p.Module), P: s.lora.Dropout}
+	seeds := s.seeds
+	if p.Module >= Output && s.pruned(p.Layer) {
+		seeds = s.left
+	}
+	return ggml.Dropout{Seeds: seeds, Module: p.Layer*int(modules) + int(p.Module), P: s.lora.Dropout}
 }
 
 func (fused) pick(s *step, x, index ggml.Tensor) ggml.Tensor {
 	return s.add(s.ctx.GetRows(x, index))
 }
 
-func (fused) scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor {
-	return s.add(s.ctx.ScatterRows(dx, v, index, s.tokens))
+func (fused) scatter(s *step, dx, v, index ggml.Tensor, columns int) ggml.Tensor {
+	return s.add(s.ctx.ScatterRows(dx, v, index, columns))
 }
 
 func (fused) loss(s *step, logits ggml.Tensor, c chunk, backward bool) ggml.Tensor {

@@ -1,6 +1,7 @@
 package graph_test
 
 import (
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
@@ -109,6 +110,50 @@ func TestStoredLayouts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPruning compares gradients of a few targets with those of the same and of others of no weight, for which the last
+// layer computes every position.
+func TestPruning(t *testing.T) {
+	for _, path := range testModels(t) {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			for _, modules := range [][]graph.Module{graph.AllLinear, {graph.Query, graph.Value}, {graph.Down}} {
+				m := load(t, path, graph.Layout{Forward: ggml.F32, Backward: ggml.F32})
+				last := []int{m.Layers - 1}
+				for _, layers := range [][]int{nil, last} {
+					lora := adapter(t, m, graph.LoRAOptions{Rank: 4, Alpha: 8, Dropout: 0.1, Modules: modules, Layers: layers})
+					few := sample(m.Vocabulary, 3, 150, 131, 75, 200)
+					all := sample(m.Vocabulary, 1000, 150, 131, 75, 200)
+					for i := range all.Targets {
+						all.Targets[i].Weight = 0
+					}
+					for _, target := range few.Targets {
+						all.Targets[target.Position] = target
+					}
+					all.Tokens, all.Seeds = few.Tokens, few.Seeds
+					want, wantLosses := gradients(t, m, lora, all)
+					got, losses := gradients(t, m, lora, few)
+					if e := distance(got, want); !(e < 1e-5) {
+						t.Errorf("%v in %v: gradients differ by %g", modules, layers, e)
+					}
+					for i, target := range few.Targets {
+						if math.Abs(float64(losses.Losses[i]-wantLosses.Losses[target.Position])) > 1e-5 {
+							t.Errorf("%v: loss %g of target %d, %g with all positions", modules, losses.Losses[i], i, wantLosses.Losses[target.Position])
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+func distance(got, want []float32) float64 {
+	var d, n float64
+	for i, w := range want {
+		d += float64(got[i]-w) * float64(got[i]-w)
+		n += float64(w) * float64(w)
+	}
+	return math.Sqrt(d / n)
 }
 
 // TestRecompute expects the same numbers; TestEstimate compares the memory.

@@ -302,7 +302,7 @@ func (p *plain) pick(s *step, x, index ggml.Tensor) ggml.Tensor {
 }
 
 // scatter needs no sum: a position is in one chunk, once.
-func (p *plain) scatter(s *step, dx, v, index ggml.Tensor) ggml.Tensor {
+func (p *plain) scatter(s *step, dx, v, index ggml.Tensor, _ int) ggml.Tensor {
 	if !dx.Valid() {
 		dx = s.ctx.Scale(p.picked, 0, 0)
 	}

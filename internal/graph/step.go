@@ -28,6 +28,12 @@ type step struct {
 	rope      ggml.Rope
 	tokens    int
 	targets   targets
+
+	// The last layer computes its output projection and its feed-forward half for some positions only, if that is
+	// worth while: those that have targets. Their index is then that of taken, and targets.index counts them.
+	prune bool
+	taken ggml.Tensor // int32 [positions]
+	left  ggml.Tensor // seeds of the positions, int32, or none
 }
 
 // targets are the inputs and outputs of the head: the distinct positions that have targets, in order, and for each
@@ -141,6 +147,12 @@ func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, w
 	if b.Seeds != nil && lora != nil && lora.Dropout > 0 {
 		s.seeds = inputs.New(ggml.I32, t)
 	}
+	if s.prune = limits.prune && 4*len(positions) <= 3*t; s.prune {
+		s.taken = inputs.New(ggml.I32, len(positions))
+		if s.seeds.Valid() {
+			s.left = inputs.New(ggml.I32, len(positions))
+		}
+	}
 	if wantLogits {
 		s.targets.logits = inputs.New(ggml.F32, m.Vocabulary, len(positions))
 	}
@@ -157,7 +169,21 @@ func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, w
 			table = append(table, int32(segment.Start), int32(segment.End), int32(segment.Parent))
 		}
 		s.segments.SetInts(table)
-		s.targets.index.SetInts(ints(positions))
+		index := ints(positions)
+		if s.prune {
+			s.taken.SetInts(index)
+			if s.left.Valid() {
+				left := make([]int32, len(index))
+				for i, position := range index {
+					left[i] = int32(b.Seeds[position])
+				}
+				s.left.SetInts(left)
+			}
+			for i := range index {
+				index[i] = int32(i)
+			}
+		}
+		s.targets.index.SetInts(index)
 		s.targets.columns.SetInts(ints(columns))
 		labels, weights := make([]int32, n), make([]float32, n)
 		for i, target := range b.Targets {
@@ -338,6 +364,9 @@ func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
 	return s.linear(i, Down, hidden, s.blocks.input(s, s.layers[i].linears[Down].w, hidden), save.middle, save)
 }
 
+// pruned says whether a layer's output is computed for some positions only.
+func (s *step) pruned(layer int) bool { return s.prune && layer == len(s.layers)-1 }
+
 // inner is the block up to gate and up: all that backward wants to find again follows from save.x.
 func (s *step) inner(i int, save *saved) {
 	l := &s.layers[i]
@@ -347,7 +376,11 @@ func (s *step) inner(i int, save *saved) {
 	save.k = s.heads(i, Key, normed, in, s.Heads.KeyValue, save)
 	save.v = s.linear(i, Value, normed, in, ggml.Tensor{}, save)
 	save.attended, save.keep = s.blocks.attention(s, save.q, save.k, save.v)
-	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), save.x, save)
+	x := save.x
+	if s.pruned(i) {
+		x, save.attended = s.blocks.pick(s, x, s.taken), s.blocks.pick(s, save.attended, s.taken)
+	}
+	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), x, save)
 	normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
 	in = s.blocks.input(s, l.linears[Gate].w, normed)
 	save.gate = s.linear(i, Gate, normed, in, ggml.Tensor{}, save)
@@ -380,13 +413,19 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 	dmiddle := s.blocks.rmsNormBack(s, save.middle, l.feedForwardNorm, dnormed, dy)
 
 	dattended := s.linearBack(i, Output, save.attended, dmiddle, ggml.Tensor{}, save, true)
+	below := i > s.lora.lowest()
+	if s.pruned(i) {
+		dattended = s.blocks.scatter(s, ggml.Tensor{}, dattended, s.taken, s.tokens)
+		if below {
+			dmiddle = s.blocks.scatter(s, ggml.Tensor{}, dmiddle, s.taken, s.tokens)
+		}
+	}
 	dq, dk, dv := s.blocks.attentionBack(s, save.q, save.k, save.v, save.keep, dattended)
 	dq = s.headsBack(i, Query, dq, s.Heads.Query, save)
 	dk = s.headsBack(i, Key, dk, s.Heads.KeyValue, save)
 	if s.lora.trains(i, Query, Key, Value) {
 		normed = s.blocks.rmsNorm(s, save.x, l.attentionNorm)
 	}
-	below := i > s.lora.lowest()
 	dnormed = s.linearBack(i, Query, normed, dq, ggml.Tensor{}, save, below)
 	dnormed = s.linearBack(i, Key, normed, dk, dnormed, save, below)
 	dnormed = s.linearBack(i, Value, normed, dv, dnormed, save, below)
@@ -415,7 +454,7 @@ func (s *step) losses(x ggml.Tensor) {
 	}
 }
 
-// headGradient computes the losses of all targets and returns the gradient with respect to x [D, T].
+// headGradient computes the losses of all targets and returns the gradient with respect to x.
 func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
 	head, back := s.blocks.hold(s, s.head.w), s.blocks.hold(s, s.head.wt)
 	var dx ggml.Tensor
@@ -424,7 +463,7 @@ func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
 		dlogits := s.blocks.loss(s, out, c, true)
 		dnormed := s.blocks.matmul(s, back, s.blocks.input(s, back, dlogits), ggml.Tensor{})
 		dpicked := s.blocks.rmsNormBack(s, picked, s.norm, dnormed, ggml.Tensor{})
-		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
+		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions), x.Size(1))
 	}
 	return dx
 }
