@@ -17,7 +17,7 @@ func BenchmarkStep(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer lora.Close()
-	initialise(lora, 1)
+	initialise(lora, "true", 1)
 	batch := randomBatch(model.Vocabulary, 62, 64, 66, 68)
 	var answers []engine.Target
 	for _, target := range batch.Targets {

@@ -3,6 +3,7 @@ package train
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
@@ -11,8 +12,9 @@ import (
 	"github.com/hone-llm/hone/internal/prompt"
 )
 
-func (t *trainer) readData(ctx context.Context, model string, maxLength int) error {
-	vocabulary, err := llama.LoadModel(model, llama.ModelOptions{VocabularyOnly: true})
+// readData opens both files as the plan says.
+func (t *trainer) readData(ctx context.Context) error {
+	vocabulary, err := llama.LoadModel(t.basePath(), llama.ModelOptions{VocabularyOnly: true})
 	if err != nil {
 		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
 	}
@@ -23,19 +25,47 @@ func (t *trainer) readData(ctx context.Context, model string, maxLength int) err
 	}
 	defer builder.Close()
 	t.template = builder.TemplateDigest()
-	options := dataset.Options{MaxLength: maxLength, CacheDir: t.config.CacheDir}
+	options := dataset.Options{
+		MaxLength: t.plan.MaxLength, Truncate: t.plan.LongRows == "truncate", TrainOnAll: t.plan.TrainOnAll,
+		Choices: t.plan.Choices, DPO: t.plan.Method == methodDPO, CacheDir: t.cacheDir(),
+	}
 	if t.data, err = dataset.Open(ctx, t.config.TrainingFile, builder, options); err != nil {
-		return t.dataFailure(ctx, err, "training_file")
+		return dataFailure(ctx, err, "training_file")
 	}
-	if t.config.ValidationFile != "" {
-		if t.valid, err = dataset.Open(ctx, t.config.ValidationFile, builder, options); err != nil {
-			return t.dataFailure(ctx, err, "validation_file")
-		}
+	if t.config.ValidationFile == "" {
+		return nil
 	}
+	if t.valid, err = dataset.Open(ctx, t.config.ValidationFile, builder, options); err != nil {
+		return dataFailure(ctx, err, "validation_file")
+	}
+	return t.readChoices(ctx, builder, options)
+}
+
+// readChoices opens the validation file once more, with the answers of both files as choices, if they are so few that
+// they look like those of one kind of question: each is there twice on average.
+func (t *trainer) readChoices(ctx context.Context, builder *prompt.Builder, o dataset.Options) error {
+	if o.DPO || len(o.Choices) > 0 || len(t.data.Answers) < 2 || len(t.valid.Answers) == 0 {
+		return nil
+	}
+	all := slices.Compact(slices.Sorted(slices.Values(slices.Concat(t.data.Answers, t.valid.Answers))))
+	if len(all) > t.data.Rows/2 {
+		return nil
+	}
+	o.Choices, o.TrainOnAll = all, false
+	choices, err := dataset.Open(ctx, t.config.ValidationFile, builder, o)
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err != nil:
+		return nil // answers that cannot be told apart as choices: the accuracy is not reported
+	case choices.Rows != t.valid.Rows: // some rows are too long with one of the choices, or train several turns
+		return choices.Close()
+	}
+	t.validChoices = choices
 	return nil
 }
 
-func (t *trainer) dataFailure(ctx context.Context, err error, param string) error {
+func dataFailure(ctx context.Context, err error, param string) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}

@@ -175,7 +175,7 @@ func speed(t *testing.T, path string, fields []string) {
 		t.Fatal(err)
 	}
 	defer lora.Close()
-	initialise(lora, 1)
+	initialise(lora, "true", 1)
 	t.Logf("%s: loaded in %.1f s", layout, time.Since(start).Seconds())
 	rows := questions(1000, model.Vocabulary)
 	real := 0

@@ -311,8 +311,10 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 			NumTrainEpochs: 1, BatchSize: len(c.Batches[0]), TotalSteps: len(c.Steps), MaxGradNorm: c.MaxGradNorm,
 			AdamBeta1: c.Betas[0], AdamBeta2: c.Betas[1], AdamEpsilon: c.Eps, WeightDecay: c.WeightDecay,
 		},
-		reporter: reporter{encoder: json.NewEncoder(events)},
+		reporter:  reporter{encoder: json.NewEncoder(events)},
+		objective: supervised{},
 	}
+	trainer.compute = func(m dataset.Micro) (engine.Result, error) { return r.model.Gradients(m.Batch, r.lora, 1) }
 	var examples []dataset.Example
 	for i, row := range r.Rows {
 		examples = append(examples, dataset.Example{Row: i, Candidates: []prompt.Row{row.row()}, Tokens: len(row.Tokens)})
@@ -329,7 +331,7 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 		for _, row := range rows {
 			batch = append(batch, examples[row])
 		}
-		if err := trainer.optimize(batch, 0, schedule); err != nil {
+		if err := trainer.optimize(t.Context(), trainer.pack(batch, 0, defaultMicroTokens), schedule); err != nil {
 			t.Fatal(err)
 		}
 		var step child.TrainerEvent

@@ -19,7 +19,7 @@ func tiny(t *testing.T, o graph.LoRAOptions) (*graph.Model, *graph.LoRA) {
 		t.Fatal(err)
 	}
 	t.Cleanup(lora.Close)
-	initialise(lora, 7)
+	initialise(lora, "true", 7)
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, p := range lora.Parts {
 		for i := range o.Rank * p.Out {

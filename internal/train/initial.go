@@ -7,15 +7,22 @@ import (
 	"github.com/hone-llm/hone/internal/graph"
 )
 
-// initialise draws A uniformly from (-1/sqrt(in), 1/sqrt(in)), PEFT's kaiming_uniform with a = sqrt(5), and leaves B
-// at 0. Each matrix has its own random stream, so that its values do not depend on which others are trained.
-func initialise(l *graph.LoRA, seed int64) {
+// initialise draws A as PEFT's LoraConfig.init_lora_weights says and leaves B at 0. Each matrix has its own random
+// stream, so that its values do not depend on which others are trained.
+//
+//	true      uniformly from (-1/sqrt(in), 1/sqrt(in)): kaiming_uniform with a = sqrt(5)
+//	gaussian  from a normal distribution with standard deviation 1/r
+func initialise(l *graph.LoRA, how string, seed int64) {
 	for _, p := range l.Parts {
 		random := rand.New(rand.NewPCG(uint64(seed), uint64(p.Layer)<<8|uint64(p.Module)))
 		bound := 1 / math.Sqrt(float64(p.In))
 		a := l.Parameters[p.A : p.A+l.Rank*p.In]
 		for i := range a {
-			a[i] = float32((2*random.Float64() - 1) * bound)
+			if how == "gaussian" {
+				a[i] = float32(random.NormFloat64() / float64(l.Rank))
+			} else {
+				a[i] = float32((2*random.Float64() - 1) * bound)
+			}
 		}
 	}
 }

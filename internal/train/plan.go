@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/graph"
@@ -60,10 +61,12 @@ type facts struct {
 	Weights   int // of the model
 	MaxLength int // MaxLength's
 	Layers    int
-	Valid     bool   // there is a validation file
-	Method    string // supervised, dpo
-	Seed      int64
-	Start     *child.TrainPlan // R, LoraAlpha, UseRSLoRA, TargetModules and LayersToTransform of the adapter to continue from
+	Valid     bool // there is a validation file
+	// FewAnswers: the validation file's answers are few, so that the choice among them is measured.
+	FewAnswers bool
+	Method     string // supervised, dpo
+	Seed       int64
+	Start      *child.TrainPlan // R, LoraAlpha, UseRSLoRA, TargetModules and LayersToTransform of the adapter to continue from
 }
 
 // NewPlan decides every "auto":
@@ -82,14 +85,17 @@ type facts struct {
 //	long_rows               drop
 //	beta, loss_type         0.1, sigmoid, of DPO
 //	eval_strategy           epoch if there is a validation file
-//	save_strategy           epoch, keeping the 3 newest and the best
+//	save_strategy           epoch, or as eval_strategy with load_best_model_at_end; 3 checkpoints are kept, the best one among them
 //	logging_steps           1
 //	metric_for_best_model   loss
+//	prefix_sharing          where it saves a tenth of the tokens (trainer.sharePrefixes)
+//	memory                  exact if that fits into the free memory, with micro-batches of 1,024, 512 or 256 tokens; else,
+//	                        with a warning, middle (trainer.planMemory)
 //
 // Errors are *OptionError.
 func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 	p := child.TrainPlan{
-		Method:                 cmp.Or(f.Method, "supervised"),
+		Method:                 cmp.Or(f.Method, methodSupervised),
 		R:                      or(o.R, 16),
 		LoraDropout:            or(o.LoraDropout, 0.05),
 		UseRSLoRA:              or(o.UseRSLoRA, false),
@@ -121,16 +127,10 @@ func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 	}
 	p.LoraAlpha = or(o.LoraAlpha, 2*float64(p.R))
 	if s := f.Start; s != nil {
-		if o.R != nil && *o.R != s.R {
-			return p, &OptionError{"r", fmt.Sprintf("%d, but the adapter to continue from has rank %d", *o.R, s.R)}
+		if err := continues(o, *s); err != nil {
+			return p, err
 		}
-		p.R, p.LoraAlpha, p.UseRSLoRA = s.R, or(o.LoraAlpha, s.LoraAlpha), or(o.UseRSLoRA, s.UseRSLoRA)
-		if len(o.TargetModules) == 0 {
-			p.TargetModules = s.TargetModules
-		}
-		if len(o.LayersToTransform) == 0 {
-			p.LayersToTransform = s.LayersToTransform
-		}
+		p.R, p.LoraAlpha, p.UseRSLoRA, p.TargetModules, p.LayersToTransform = s.R, s.LoraAlpha, s.UseRSLoRA, s.TargetModules, s.LayersToTransform
 	}
 	if !f.Valid {
 		if or(o.EvalStrategy, "no") != "no" {
@@ -138,7 +138,10 @@ func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 		}
 		p.EvalStrategy = "no"
 	}
-	if p.Method == "dpo" {
+	if o.SaveStrategy == nil && p.LoadBestModelAtEnd && p.EvalStrategy == "steps" {
+		p.SaveStrategy, p.SaveSteps = "steps", or(o.SaveSteps, p.EvalSteps)
+	}
+	if p.Method == methodDPO {
 		p.Beta, p.LossType, p.LabelSmoothing = or(o.Beta, 0.1), or(o.LossType, "sigmoid"), or(o.LabelSmoothing, 0)
 	}
 	if err := batchSize(&p, o, f); err != nil {
@@ -147,12 +150,7 @@ func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 	if err := learningRate(&p, o, f); err != nil {
 		return p, err
 	}
-	if len(p.TargetModules) == 0 || slices.Equal(p.TargetModules, []string{"all-linear"}) {
-		p.TargetModules = nil
-		for _, m := range graph.AllLinear {
-			p.TargetModules = append(p.TargetModules, m.String())
-		}
-	}
+	p.TargetModules = allLinear(p.TargetModules)
 	if p.BatchSize > 0 && p.NumTrainEpochs > 0 {
 		p.TotalSteps = p.NumTrainEpochs * stepsPerEpoch(f.Rows, p.BatchSize)
 	}
@@ -166,6 +164,43 @@ func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
 		p.WarmupSteps = *o.WarmupSteps
 	}
 	return p, validate(p, o, f)
+}
+
+// allLinear spells out the names of all modules, for none or for "all-linear".
+func allLinear(names []string) []string {
+	if len(names) > 0 && !slices.Equal(names, []string{"all-linear"}) {
+		return names
+	}
+	names = nil
+	for _, m := range graph.AllLinear {
+		names = append(names, m.String())
+	}
+	return names
+}
+
+// continues checks that options say nothing else than the adapter to continue from: its weights mean something only
+// with the rank, scale and modules that it has.
+func continues(o child.TrainOptions, s child.TrainPlan) error {
+	same := func(a, b []string) bool {
+		return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+	}
+	for _, c := range []struct {
+		other    bool
+		option   string
+		has, got any
+	}{
+		{o.R != nil && *o.R != s.R, "r", s.R, or(o.R, 0)},
+		{o.LoraAlpha != nil && *o.LoraAlpha != s.LoraAlpha, "lora_alpha", s.LoraAlpha, or(o.LoraAlpha, 0)},
+		{o.UseRSLoRA != nil && *o.UseRSLoRA != s.UseRSLoRA, "use_rslora", s.UseRSLoRA, or(o.UseRSLoRA, false)},
+		{len(o.TargetModules) > 0 && !same(allLinear(o.TargetModules), s.TargetModules), "target_modules", s.TargetModules, o.TargetModules},
+		{len(o.LayersToTransform) > 0 && !slices.Equal(slices.Sorted(slices.Values(o.LayersToTransform)), s.LayersToTransform), "layers_to_transform", s.LayersToTransform, o.LayersToTransform},
+		{o.InitLoraWeights != nil, "init_lora_weights", "weights", or(o.InitLoraWeights, "")},
+	} {
+		if c.other {
+			return &OptionError{c.option, fmt.Sprintf("%v, but the adapter to continue from has %v: leave this out", c.got, c.has)}
+		}
+	}
+	return nil
 }
 
 // batchSize is examples per optimizer step, however the options spell it.
@@ -190,7 +225,7 @@ func batchSize(p *child.TrainPlan, o child.TrainOptions, f facts) error {
 
 func learningRate(p *child.TrainPlan, o child.TrainOptions, f facts) error {
 	auto := AutoLearningRate(f.Weights)
-	if p.Method == "dpo" {
+	if p.Method == methodDPO {
 		auto /= 10
 	}
 	p.LearningRateMultiplier = or(o.LearningRateMultiplier, 1)
@@ -219,7 +254,19 @@ func learningRate(p *child.TrainPlan, o child.TrainOptions, f facts) error {
 var (
 	strategies = []string{"no", "steps", "epoch"}
 	metrics    = []string{"loss", "accuracy", "choice_accuracy"}
+	devices    = []string{"auto", "cpu", "cuda"}
+	memories   = []string{"auto", "exact", "middle", "low"}
 )
+
+// validChoices reports whether choices can be told apart.
+func validChoices(choices []string) bool {
+	for i, c := range choices {
+		if c == "" || strings.TrimSpace(c) != c || slices.Contains(choices[:i], c) {
+			return false
+		}
+	}
+	return len(choices) != 1
+}
 
 func validate(p child.TrainPlan, o child.TrainOptions, f facts) error {
 	_, modules := modulesOf(p.TargetModules)
@@ -248,11 +295,12 @@ func validate(p child.TrainPlan, o child.TrainOptions, f facts) error {
 		{!(p.AdamEpsilon > 0), "adam_epsilon", "more than 0"},
 		{!(p.MaxGradNorm >= 0), "max_grad_norm", "at least 0"},
 		{p.LongRows != "drop" && p.LongRows != "truncate", "long_rows", "drop or truncate"},
-		{p.Method == "dpo" && len(p.Choices) > 0, "choices", "none in a dpo job, which compares the two answers of a row"},
-		{len(p.Choices) == 1, "choices", "at least two answers"},
-		{p.Method != "dpo" && (o.Beta != nil || o.LossType != nil || o.LabelSmoothing != nil), "beta", "beta, loss_type and label_smoothing only in a dpo job"},
-		{p.Method == "dpo" && !(p.Beta > 0), "beta", "more than 0"},
-		{p.Method == "dpo" && p.LossType != "sigmoid" && p.LossType != "ipo", "loss_type", "sigmoid or ipo"},
+		{p.Method == methodDPO && len(p.Choices) > 0, "choices", "none in a dpo job, which compares the two answers of a row"},
+		{!validChoices(p.Choices), "choices", "at least two different answers without white space around them"},
+		{p.TrainOnAll && (p.Method == methodDPO || len(p.Choices) > 0), "train_on_all", "false where answers are compared: there is no loss on the prompt"},
+		{p.Method != methodDPO && (o.Beta != nil || o.LossType != nil || o.LabelSmoothing != nil), "beta", "beta, loss_type and label_smoothing only in a dpo job"},
+		{p.Method == methodDPO && !(p.Beta > 0), "beta", "more than 0"},
+		{p.Method == methodDPO && p.LossType != "sigmoid" && p.LossType != "ipo", "loss_type", "sigmoid or ipo"},
 		{!(p.LabelSmoothing >= 0 && p.LabelSmoothing < 0.5), "label_smoothing", "at least 0 and less than 0.5"},
 		{!slices.Contains(strategies, p.EvalStrategy), "eval_strategy", fmt.Sprintf("one of %v", strategies)},
 		{(p.EvalStrategy == "steps") != (p.EvalSteps > 0), "eval_steps", "at least 1 with eval_strategy steps, and only then"},
@@ -261,11 +309,18 @@ func validate(p child.TrainPlan, o child.TrainOptions, f facts) error {
 		{p.SaveTotalLimit < 1, "save_total_limit", "at least 1"},
 		{p.LoggingSteps < 1, "logging_steps", "at least 1"},
 		{p.LoadBestModelAtEnd && !evaluates, "load_best_model_at_end", "a validation file and evaluations"},
+		{p.LoadBestModelAtEnd && (p.SaveStrategy != p.EvalStrategy || p.SaveStrategy == "steps" && p.SaveSteps%p.EvalSteps != 0), "save_strategy",
+			"that of eval_strategy, and save_steps a multiple of eval_steps, with load_best_model_at_end"},
 		{!slices.Contains(metrics, p.MetricForBestModel), "metric_for_best_model", fmt.Sprintf("one of %v", metrics)},
-		{p.MetricForBestModel == "choice_accuracy" && p.Method != "dpo" && len(p.Choices) == 0, "metric_for_best_model", "choice_accuracy only with choices or in a dpo job"},
+		{p.MetricForBestModel == "choice_accuracy" && p.Method != methodDPO && len(p.Choices) == 0 && !f.FewAnswers, "metric_for_best_model",
+			"choice_accuracy only with choices, in a dpo job, or with at most 16 different answers"},
 		{p.EarlyStoppingPatience < 0, "early_stopping_patience", "at least 1"},
 		{p.EarlyStoppingPatience > 0 && !evaluates, "early_stopping_patience", "a validation file and evaluations"},
 		{!(p.EarlyStoppingThreshold >= 0), "early_stopping_threshold", "at least 0"},
+		{!(or(o.SaveMinutes, 0) >= 0), "save_minutes", "at least 0"},
+		{!slices.Contains(devices, or(o.Device, "auto")), "device", fmt.Sprintf("one of %v", devices)},
+		{!slices.Contains(memories, or(o.Memory, "auto")), "memory", fmt.Sprintf("one of %v", memories)},
+		{o.MicroBatchTokens != nil && (*o.MicroBatchTokens < minMicroTokens || *o.MicroBatchTokens > 1<<16), "micro_batch_tokens", fmt.Sprintf("%d to %d", minMicroTokens, 1<<16)},
 	} {
 		if c.bad {
 			return &OptionError{c.option, "expected " + c.expected}

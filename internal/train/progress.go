@@ -25,19 +25,37 @@ type progress struct {
 	validSeconds float64       // seconds per token of evaluation, once known
 }
 
-func (t *trainer) beginStep(tokens, epoch int) {
+func (t *trainer) beginStep(tokens int) {
 	p := &t.progress
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.backend == nil {
 		p.backend, p.plan = t.backend, t.plan
-		if t.valid != nil {
-			p.validLeft = int64(t.plan.NumTrainEpochs-epoch) * int64(t.valid.Tokens)
-		}
+		p.validLeft = t.validTokensLeft()
 	}
 	p.step, p.stepTokens, p.doneTokens, p.microTokens, p.stepBegan = t.step, tokens, 0, 0, time.Now()
 	perStep := float64(t.data.Tokens) / float64(stepsPerEpoch(t.data.Rows, t.plan.BatchSize))
 	p.tokensLeft = int64(perStep * float64(t.plan.TotalSteps-t.step-1))
+}
+
+// validTokensLeft are those of the evaluations after the current step.
+func (t *trainer) validTokensLeft() int64 {
+	if t.valid == nil || t.plan.EvalStrategy == "no" {
+		return 0
+	}
+	left := t.epochs(t.plan.TotalSteps) - t.epochs(t.step)
+	if t.plan.EvalStrategy == "steps" {
+		left = (t.plan.TotalSteps-t.step)/t.plan.EvalSteps + 1
+	}
+	return int64(left) * int64(t.valid.Tokens)
+}
+
+func (t *trainer) endEvaluation(took time.Duration) {
+	p := &t.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.validSeconds = took.Seconds() / float64(max(1, t.valid.Tokens))
+	p.validLeft = t.validTokensLeft()
 }
 
 func (t *trainer) beginMicro(tokens int) {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/durable"
@@ -17,13 +18,13 @@ import (
 
 // A resume state is a directory state-<step> of two files: state.safetensors with the adapter's weights and both
 // moments as flat arrays, and state.json, written last, with everything else. The data position and the random state
-// follow from the step, the plan and the seed.
+// follow from the step, the plan and the seed, the reference of a preference job from what it began with.
 const (
 	stateFile     = "state.safetensors"
 	manifestFile  = "state.json"
 	statePrefix   = "state-"
 	keptStates    = 2
-	stateVersion  = 1
+	stateVersion  = 2
 	temporaryMark = ".tmp-"
 )
 
@@ -33,12 +34,61 @@ type resumeState struct {
 	JobID         string          `json:"job_id"`
 	BaseDigest    string          `json:"base_digest"`
 	Rows          int             `json:"rows"` // of the training file that are trained on
-	Step          int             `json:"step"` // optimizer steps done
+	Threads       int             `json:"threads"`
+	Plan          child.TrainPlan `json:"plan"` // with the layout of the weights
+	Step          int             `json:"step"`
 	TrainedTokens int64           `json:"trained_tokens"`
-	Threads       int             `json:"threads"` // sums depend on it
-	Small         bool            `json:"small"`   // graph.SmallLayout
-	Plan          child.TrainPlan `json:"plan"`
+	Skipped       int             `json:"skipped"`
+	Evaluated     int             `json:"evaluated"`
+	Window        window          `json:"window"`
+	Selection     selection       `json:"selection"`
+	Checkpoints   []checkpoint    `json:"checkpoints"`
 	StateSHA256   string          `json:"state_sha256"`
+
+	arrays map[string][]float32
+}
+
+func (t *trainer) state() resumeState {
+	return resumeState{
+		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: t.data.Rows, Threads: t.threads, Plan: t.plan,
+		Step: t.step, TrainedTokens: t.trained, Skipped: t.skipped, Evaluated: t.evaluated,
+		Window: t.window, Selection: t.selection, Checkpoints: t.checkpoints,
+	}
+}
+
+func (s *resumeState) position() position {
+	return position{
+		step: s.Step, trained: s.TrainedTokens, skipped: s.Skipped, evaluated: s.Evaluated,
+		window: s.Window, selection: s.Selection, checkpoints: s.Checkpoints,
+	}
+}
+
+// restore copies the state's arrays to where they are trained.
+func (s *resumeState) restore(parameters []float32, m moments) error {
+	for name, into := range map[string][]float32{"parameters": parameters, "first": m.first, "second": m.second} {
+		if len(s.arrays[name]) != len(into) {
+			return fmt.Errorf("resume state: %d values of %s, expected %d", len(s.arrays[name]), name, len(into))
+		}
+		copy(into, s.arrays[name])
+	}
+	s.arrays = nil
+	return nil
+}
+
+// save writes a resume state, after which those of earlier attempts are not needed any more.
+func (t *trainer) save() error {
+	began := time.Now()
+	if err := t.state().save(t.config.Dir, t.lora.Parameters, t.moments); err != nil {
+		return err
+	}
+	for _, dir := range t.config.ResumeFrom {
+		if err := removeStates(dir, 0); err != nil {
+			return err
+		}
+	}
+	t.saved, t.savedAt = t.step, time.Now()
+	t.spent.saving += time.Since(began)
+	return t.emit(child.TrainerEvent{Type: child.EventSaved, Step: t.step})
 }
 
 // save writes a resume state into dir and removes all but the newest two there. Nothing is published before it is on
@@ -89,11 +139,20 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 	if err := durable.SyncDir(dir); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
+	return removeStates(dir, keptStates)
+}
+
+// removeStates removes all but the newest resume states of a directory, and what attempts that were killed left of one.
+func removeStates(dir string, kept int) error {
 	states, err := statesIn(dir)
 	if err != nil {
 		return err
 	}
-	for _, old := range states[min(keptStates, len(states)):] {
+	unfinished, err := filepath.Glob(filepath.Join(dir, temporaryMark+statePrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, old := range append(unfinished, states[min(kept, len(states)):]...) {
 		if err := os.RemoveAll(old); err != nil {
 			return fmt.Errorf("remove an old resume state: %w", err)
 		}
@@ -103,7 +162,7 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 
 // findState returns the newest valid resume state in the directories of earlier attempts (the first directory that
 // has one), or nil. skipped says why newer ones were passed over.
-func findState(dirs []string, jobID, baseDigest string) (state *resumeState, arrays map[string][]float32, skipped []error) {
+func findState(dirs []string, jobID, baseDigest string) (state *resumeState, skipped []error) {
 	for _, dir := range dirs {
 		states, err := statesIn(dir)
 		if err != nil {
@@ -111,7 +170,7 @@ func findState(dirs []string, jobID, baseDigest string) (state *resumeState, arr
 			continue
 		}
 		for _, path := range states {
-			s, arrays, err := readState(path)
+			s, err := readState(path)
 			if err == nil && (s.JobID != jobID || s.BaseDigest != baseDigest) {
 				err = errors.New("it belongs to another job or base model")
 			}
@@ -119,10 +178,10 @@ func findState(dirs []string, jobID, baseDigest string) (state *resumeState, arr
 				skipped = append(skipped, fmt.Errorf("resume state %s: %w", filepath.Base(path), err))
 				continue
 			}
-			return s, arrays, skipped
+			return s, skipped
 		}
 	}
-	return nil, nil, skipped
+	return nil, skipped
 }
 
 // statesIn lists the resume states of a directory, newest first. A missing directory has none.
@@ -145,32 +204,32 @@ func statesIn(dir string) ([]string, error) {
 	return paths, nil
 }
 
-func readState(path string) (*resumeState, map[string][]float32, error) {
+func readState(path string) (*resumeState, error) {
 	data, err := os.ReadFile(filepath.Join(path, manifestFile))
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	s := new(resumeState)
 	if err := json.Unmarshal(data, s); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if s.Version != stateVersion {
-		return nil, nil, fmt.Errorf("version %d is not %d", s.Version, stateVersion)
+		return nil, fmt.Errorf("version %d is not %d", s.Version, stateVersion)
 	}
 	digest, err := durable.Digest(filepath.Join(path, stateFile))
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if digest != s.StateSHA256 {
-		return nil, nil, fmt.Errorf("%s is damaged: its sha256 is not the recorded one", stateFile)
+		return nil, fmt.Errorf("%s is damaged: its sha256 is not the recorded one", stateFile)
 	}
 	tensors, _, err := gguf.ReadSafetensors(filepath.Join(path, stateFile))
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	arrays := make(map[string][]float32)
+	s.arrays = make(map[string][]float32)
 	for _, t := range tensors {
-		arrays[t.Name] = t.Data
+		s.arrays[t.Name] = t.Data
 	}
-	return s, arrays, nil
+	return s, nil
 }
