@@ -223,7 +223,7 @@ func (j *Jobs) prepare(ctx context.Context, spec Spec) (store.Job, error) {
 		if err != nil {
 			return store.Job{}, fmt.Errorf("go on from %q: %w", from.Name, err)
 		}
-		if err := inherit(&spec.Options, from.Name, settings); err != nil {
+		if err := checkShape(&spec.Options, from.Name, settings); err != nil {
 			return store.Job{}, err
 		}
 		base, start = from.BaseModel, from.Name

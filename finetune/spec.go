@@ -103,8 +103,9 @@ func fill[T comparable](option **T, requested *T, name, openai string) error {
 	return nil
 }
 
-// inherit makes the options those of the adapter called name that training goes on from: its shape cannot change.
-func inherit(o *child.TrainOptions, name string, from lora.Settings) error {
+// checkShape refuses options that ask for another shape or scale than that of the adapter called name, which training goes
+// on from. What is not asked for, the trainer takes from the adapter.
+func checkShape(o *child.TrainOptions, name string, from lora.Settings) error {
 	conflict := func(option string, value, has any) error {
 		return invalid("hone."+option, "", "%s is %v, and %s, from which the job goes on, has %v; leave %s out", option, value, name, has, option)
 	}
@@ -127,7 +128,6 @@ func inherit(o *child.TrainOptions, name string, from lora.Settings) error {
 	case o.InitLoraWeights != nil:
 		return conflict("init_lora_weights", *o.InitLoraWeights, "weights already")
 	}
-	o.R, o.LoraAlpha, o.UseRSLoRA, o.TargetModules, o.LayersToTransform = &from.R, &from.LoRAAlpha, &from.UseRSLoRA, from.TargetModules, from.LayersToTransform
 	return nil
 }
 
@@ -150,10 +150,10 @@ func CheckOptions(o *child.TrainOptions, method string, validation bool) error {
 	c.optimisation(o)
 	c.data(o)
 	c.objective(o, method)
-	c.evaluation(o, method, validation)
+	c.evaluation(o, validation)
 	c.oneOf("device", o.Device, "auto", "cpu", "cuda")
 	c.oneOf("memory", o.Memory, "auto", "exact", "middle", "low")
-	c.whole("micro_batch_tokens", o.MicroBatchTokens, 16, 1<<20)
+	c.whole("micro_batch_tokens", o.MicroBatchTokens, 32, 1<<16)
 	if c.err != nil { // a nil *InvalidError would be an error that is not nil
 		return c.err
 	}
@@ -276,13 +276,14 @@ func (c *optionCheck) batchSize(o *child.TrainOptions) {
 	c.whole("batch_size", o.BatchSize, 1, maxBatchSize)
 	c.whole("per_device_train_batch_size", o.PerDeviceBatchSize, 1, maxBatchSize)
 	c.whole("gradient_accumulation_steps", o.GradientAccumulation, 1, maxBatchSize)
-	if c.err != nil || o.PerDeviceBatchSize == nil && o.GradientAccumulation == nil {
+	if o.PerDeviceBatchSize == nil && o.GradientAccumulation != nil && o.BatchSize != nil {
+		c.refuse("gradient_accumulation_steps", "batch_size counts the rows of a whole optimizer step; leave gradient_accumulation_steps out, "+
+			"or give per_device_train_batch_size in place of batch_size")
+	}
+	if c.err != nil || o.PerDeviceBatchSize == nil { // steps alone multiply the automatic size
 		return
 	}
-	product := 1
-	if o.PerDeviceBatchSize != nil {
-		product *= *o.PerDeviceBatchSize
-	}
+	product := *o.PerDeviceBatchSize
 	if o.GradientAccumulation != nil {
 		product *= *o.GradientAccumulation
 	}
@@ -348,7 +349,7 @@ func (c *optionCheck) objective(o *child.TrainOptions, method string) {
 	}
 }
 
-func (c *optionCheck) evaluation(o *child.TrainOptions, method string, validation bool) {
+func (c *optionCheck) evaluation(o *child.TrainOptions, validation bool) {
 	c.every("eval", o.EvalStrategy, o.EvalSteps)
 	c.every("save", o.SaveStrategy, o.SaveSteps)
 	c.whole("save_total_limit", o.SaveTotalLimit, 1, 1000)
@@ -360,9 +361,7 @@ func (c *optionCheck) evaluation(o *child.TrainOptions, method string, validatio
 	if o.EarlyStoppingThreshold != nil && o.EarlyStoppingPatience == nil {
 		c.refuse("early_stopping_threshold", "early_stopping_threshold has no effect without early_stopping_patience")
 	}
-	if o.MetricForBestModel != nil && *o.MetricForBestModel == "choice_accuracy" && o.Choices == nil && method != DPO {
-		c.refuse("metric_for_best_model", "choice_accuracy is only known of jobs with choices and of dpo jobs")
-	}
+	c.bestSaved(o)
 	never := o.EvalStrategy != nil && *o.EvalStrategy == "no"
 	for _, needs := range []struct {
 		name string
@@ -380,6 +379,23 @@ func (c *optionCheck) evaluation(o *child.TrainOptions, method string, validatio
 		case !validation:
 			c.refuse(needs.name, "%s needs a validation_file to evaluate on", needs.name)
 		}
+	}
+}
+
+// bestSaved checks that each evaluation has a checkpoint that load_best_model_at_end can go back to.
+func (c *optionCheck) bestSaved(o *child.TrainOptions) {
+	if o.LoadBestModelAtEnd == nil || !*o.LoadBestModelAtEnd || o.SaveStrategy == nil {
+		return // where nobody says when to save, it is with each evaluation
+	}
+	eval := "epoch"
+	if o.EvalStrategy != nil {
+		eval = *o.EvalStrategy
+	}
+	switch {
+	case *o.SaveStrategy != eval:
+		c.refuse("save_strategy", "save_strategy is %s and eval_strategy %s; load_best_model_at_end needs the same", *o.SaveStrategy, eval)
+	case eval == "steps" && o.SaveSteps != nil && o.EvalSteps != nil && *o.SaveSteps%max(*o.EvalSteps, 1) != 0:
+		c.refuse("save_steps", "save_steps is %d; load_best_model_at_end needs a multiple of eval_steps, which is %d", *o.SaveSteps, *o.EvalSteps)
 	}
 }
 
