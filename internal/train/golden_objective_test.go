@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
@@ -53,53 +54,19 @@ func near(t *testing.T, what string, got, want float64) {
 	}
 }
 
-// candidates are examples packed into one micro-batch whose loss is an objective's.
-type candidates struct{ dataset.Micro }
-
-func packCandidates(t *testing.T, examples []dataset.Example) candidates {
+// gradientStep does a step of the trainer at rate 0 and leaves the gradient of the step's loss in the adapter, with micro-batches
+// of at most microTokens tokens.
+func (a attempt) gradientStep(t *testing.T, examples []dataset.Example, microTokens int) child.TrainerEvent {
 	t.Helper()
-	micros := dataset.Pack(examples, 1<<20, false)
-	if len(micros) != 1 {
-		t.Fatalf("%d micro-batches, expected 1", len(micros))
+	step := a.optimize(t, examples, microTokens, Schedule{Kind: "constant"})
+	for i := range a.lora.Gradients { // they are those of the sum
+		a.lora.Gradients[i] /= float32(len(examples))
 	}
-	return candidates{micros[0]}
+	return step
 }
 
-// logProbs are the log-probabilities of the candidates, in nats.
-func (c candidates) logProbs(losses []float32) []float64 {
-	sums := make([]float64, len(c.Candidates))
-	for i, candidate := range c.Candidates {
-		for k, target := range candidate.Targets {
-			sums[i] -= float64(candidate.Weights[k]) * float64(losses[target])
-		}
-	}
-	return sums
-}
-
-// gradients adds the gradients of objective, which returns the derivatives of a loss with respect to the log-probability
-// of each candidate.
-func (c candidates) gradients(t *testing.T, a adapter, objective func(logProbs []float64) []float64) {
-	t.Helper()
-	b := c.Batch
-	b.Weigh = func(losses []float32) ([]float32, error) {
-		weights := make([]float32, len(losses))
-		derivatives := objective(c.logProbs(losses))
-		for i, candidate := range c.Candidates {
-			for k, target := range candidate.Targets {
-				weights[target] -= candidate.Weights[k] * float32(derivatives[i])
-			}
-		}
-		return weights, nil
-	}
-	clear(a.lora.Gradients)
-	if _, err := a.model.Gradients(b, a.lora, 1); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// TestGoldenPreferences compares preference optimisation with TRL's formulae over PEFT: the log-probabilities of both
-// rows with the adapter and without, the losses, the rewards and all gradients, of separate rows and of pairs that
-// share the computation of what they have in common.
+// TestGoldenPreferences compares preference optimisation with TRL's, over PEFT: the log-probabilities of both
+// rows with the adapter and without, the loss, the rewards and all gradients, in one micro-batch and in several.
 func TestGoldenPreferences(t *testing.T) {
 	var golden struct {
 		goldenObjective
@@ -110,83 +77,53 @@ func TestGoldenPreferences(t *testing.T) {
 			Reference [2]float64 `json:"reference"`
 		} `json:"pairs"`
 		Losses []struct {
-			Name            string    `json:"name"`
-			LossType        string    `json:"loss_type"`
-			Beta            float64   `json:"beta"`
-			LabelSmoothing  float64   `json:"label_smoothing"`
-			Loss            float64   `json:"loss"`
-			PairLosses      []float64 `json:"pair_losses"`
-			RewardsChosen   float64   `json:"rewards_chosen"`
-			RewardsRejected float64   `json:"rewards_rejected"`
-			Accuracy        float64   `json:"accuracy"`
+			Name            string  `json:"name"`
+			LossType        string  `json:"loss_type"`
+			Beta            float64 `json:"beta"`
+			LabelSmoothing  float64 `json:"label_smoothing"`
+			Loss            float64 `json:"loss"`
+			RewardsChosen   float64 `json:"rewards_chosen"`
+			RewardsRejected float64 `json:"rewards_rejected"`
+			Accuracy        float64 `json:"accuracy"`
 		} `json:"losses"`
 	}
 	tensors := readGoldenFiles(t, "tiny-dpo", &golden)
 	a := golden.load(t)
-	var apart, together []dataset.Example
+	var examples []dataset.Example
 	for i, pair := range golden.Pairs {
 		rows := []prompt.Row{pair.Chosen.row(), pair.Rejected.row()}
-		together = append(together, dataset.Example{Row: i, Candidates: rows})
-		for _, row := range rows {
-			apart = append(apart, dataset.Example{Row: i, Candidates: []prompt.Row{row}})
+		examples = append(examples, dataset.Example{Row: i, Candidates: rows, Tokens: len(rows[0].Tokens) + len(rows[1].Tokens)})
+	}
+	attempt := a.attempt(t, child.TrainPlan{Method: methodDPO, NumTrainEpochs: 1, BatchSize: len(examples), TotalSteps: 1000, AdamEpsilon: 1e-8}, examples)
+	reference, err := attempt.references(t.Context(), attempt.data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy, err := attempt.answers(t.Context(), examples, a.lora)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, pair := range golden.Pairs {
+		for k := range 2 {
+			near(t, fmt.Sprintf("log-probability of row %d of pair %d", k, i), policy[i][k].logProb, pair.Policy[k])
+			near(t, fmt.Sprintf("reference of row %d of pair %d", k, i), reference[i][k], pair.Reference[k])
 		}
 	}
-	for packing, examples := range map[string][]dataset.Example{"rows apart": apart, "prefixes shared": together} {
-		pack := packCandidates(t, examples)
-		result, err := a.model.Evaluate(pack.Batch, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		referenceLogProbs := pack.logProbs(result.Losses)
-		for _, want := range golden.Losses {
-			objective := preference{beta: want.Beta, smoothing: want.LabelSmoothing, ipo: want.LossType == "ipo"}
-			what := fmt.Sprintf("%s, %s", want.Name, packing)
-			n := float64(len(golden.Pairs))
-			pack.gradients(t, a, func(logProbs []float64) []float64 {
-				derivatives := make([]float64, len(logProbs))
-				var loss, chosen, rejected, right float64
-				for i, pair := range golden.Pairs {
-					policy, reference, lengths := [2]float64(logProbs[2*i:]), [2]float64(referenceLogProbs[2*i:]), [2]float64{1, 1}
-					for k, row := range []goldenRow{pair.Chosen, pair.Rejected} {
-						near(t, fmt.Sprintf("%s: log-probability %d of pair %d", what, k, i), policy[k], pair.Policy[k])
-						near(t, fmt.Sprintf("%s: reference %d of pair %d", what, k, i), reference[k], pair.Reference[k])
-						if objective.ipo {
-							lengths[k] = trainedTokens(row)
-						}
-						policy[k] /= lengths[k]
-						reference[k] /= lengths[k]
-					}
-					c := objective.compare(policy, reference)
-					near(t, fmt.Sprintf("%s: loss of pair %d", what, i), c.loss, want.PairLosses[i])
-					loss += c.loss / n
-					chosen += c.rewards[0] * lengths[0] / n
-					rejected += c.rewards[1] * lengths[1] / n
-					if c.right {
-						right += 1 / n
-					}
-					for k := range 2 {
-						derivatives[2*i+k] = c.gradient[k] / lengths[k] / n
-					}
-				}
-				near(t, what+": loss", loss, want.Loss)
-				near(t, what+": rewards of chosen rows", chosen, want.RewardsChosen)
-				near(t, what+": rewards of rejected rows", rejected, want.RewardsRejected)
-				if !objective.ipo {
-					near(t, what+": accuracy", right, want.Accuracy)
-				}
-				return derivatives
-			})
-			a.compare(t, fmt.Sprintf("%s (%d tokens)", what, len(pack.Batch.Tokens)), func(name string) gguf.Float32Tensor { return tensors[want.Name+"."+name] })
+	for _, want := range golden.Losses {
+		attempt.objective = preferences{preference{beta: want.Beta, smoothing: want.LabelSmoothing, ipo: want.LossType == "ipo"}, reference}
+		for _, microTokens := range []int{defaultMicroTokens, 60} {
+			what := fmt.Sprintf("%s, micro-batches of %d tokens", want.Name, microTokens)
+			step := attempt.gradientStep(t, examples, microTokens)
+			if step.RewardsChosen == nil || step.RewardsRejected == nil || step.ChoiceAccuracy == nil {
+				t.Fatalf("%s: the step reports no rewards: %+v", what, step)
+			}
+			near(t, what+": loss", step.TrainLoss, want.Loss)
+			near(t, what+": rewards of chosen rows", *step.RewardsChosen, want.RewardsChosen)
+			near(t, what+": rewards of rejected rows", *step.RewardsRejected, want.RewardsRejected)
+			near(t, what+": accuracy", *step.ChoiceAccuracy, want.Accuracy)
+			a.compare(t, what, func(name string) gguf.Float32Tensor { return tensors[want.Name+"."+name] })
 		}
 	}
-}
-
-func trainedTokens(r goldenRow) float64 {
-	n := 0.0
-	for _, w := range r.Weights {
-		n += float64(w)
-	}
-	return n
 }
 
 // TestGoldenChoices compares the loss over the logits of the choices alone with PyTorch's.
@@ -196,10 +133,9 @@ func TestGoldenChoices(t *testing.T) {
 		Choices []engine.Token `json:"choices"`
 		Rows    []struct {
 			goldenRow
-			Position int     `json:"position"`
-			Answer   int     `json:"answer"`
-			Loss     float64 `json:"loss"`
-			Right    bool    `json:"right"`
+			Position int  `json:"position"`
+			Answer   int  `json:"answer"`
+			Right    bool `json:"right"`
 		} `json:"rows"`
 		Loss     float64 `json:"loss"`
 		Accuracy float64 `json:"accuracy"`
@@ -208,7 +144,7 @@ func TestGoldenChoices(t *testing.T) {
 	a := golden.load(t)
 	var examples []dataset.Example
 	for i, row := range golden.Rows {
-		e := dataset.Example{Row: i, Right: row.Answer}
+		e := dataset.Example{Row: i, Right: row.Answer, Tokens: len(row.Tokens)}
 		for _, choice := range golden.Choices {
 			c := row.row()
 			c.Tokens = append(slices.Clone(c.Tokens[:row.Position+1]), choice)
@@ -216,27 +152,25 @@ func TestGoldenChoices(t *testing.T) {
 		}
 		examples = append(examples, e)
 	}
-	n := float64(len(golden.Rows))
-	packCandidates(t, examples).gradients(t, a, func(logProbs []float64) []float64 {
-		var derivatives []float64
-		var loss, right float64
-		for i, row := range golden.Rows {
-			c := choose(logProbs[i*len(golden.Choices):(i+1)*len(golden.Choices)], row.Answer)
-			near(t, fmt.Sprintf("loss of row %d", i), c.loss, row.Loss)
-			if c.right != row.Right {
-				t.Errorf("row %d: right is %t, PyTorch has %t", i, c.right, row.Right)
-			}
-			loss += c.loss / n
-			if c.right {
-				right += 1 / n
-			}
-			for _, d := range c.gradient {
-				derivatives = append(derivatives, d/n)
-			}
+	attempt := a.attempt(t, child.TrainPlan{Choices: []string{"A", "B", "C", "D"}, NumTrainEpochs: 1, BatchSize: len(examples), TotalSteps: 1000, AdamEpsilon: 1e-8}, examples)
+	attempt.objective = choice{}
+	for _, microTokens := range []int{defaultMicroTokens, 60} {
+		what := fmt.Sprintf("micro-batches of %d tokens", microTokens)
+		step := attempt.gradientStep(t, examples, microTokens)
+		if step.ChoiceAccuracy == nil {
+			t.Fatalf("%s: the step reports no accuracy: %+v", what, step)
 		}
-		near(t, "loss", loss, golden.Loss)
-		near(t, "accuracy", right, golden.Accuracy)
-		return derivatives
-	})
-	a.compare(t, "choices", func(name string) gguf.Float32Tensor { return tensors[name] })
+		near(t, what+": loss", step.TrainLoss, golden.Loss)
+		near(t, what+": accuracy", *step.ChoiceAccuracy, golden.Accuracy)
+		a.compare(t, what, func(name string) gguf.Float32Tensor { return tensors[name] })
+	}
+	answers, err := attempt.answers(t.Context(), examples, a.lora)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, row := range golden.Rows {
+		if right := choose(logProbs(answers[i]), row.Answer).right; right != row.Right {
+			t.Errorf("row %d: right is %t, PyTorch has %t", i, right, row.Right)
+		}
+	}
 }

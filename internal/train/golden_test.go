@@ -298,32 +298,56 @@ func (r *goldenRun) gradientErrors(t *testing.T) (names []string, errors []float
 	return names, errors
 }
 
+// attempt is a trainer over an adapter of golden values.
+type attempt struct {
+	*trainer
+	events *bytes.Buffer
+}
+
+func (a adapter) attempt(t *testing.T, plan child.TrainPlan, examples []dataset.Example) attempt {
+	t.Helper()
+	data, err := dataset.New(examples...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { data.Close() })
+	events := new(bytes.Buffer)
+	return attempt{&trainer{
+		config: child.TrainerConfig{CacheDir: t.TempDir()}, plan: plan, data: data, objective: supervised{},
+		backend: a.backend, model: a.model, lora: a.lora, moments: newMoments(len(a.lora.Parameters)),
+		compute:  func(m dataset.Micro) (engine.Result, error) { return a.model.Gradients(m.Batch, a.lora, 1) },
+		reporter: reporter{encoder: json.NewEncoder(events)},
+	}, events}
+}
+
+// optimize does one of the trainer's own steps.
+func (a attempt) optimize(t *testing.T, examples []dataset.Example, microTokens int, schedule Schedule) child.TrainerEvent {
+	t.Helper()
+	a.events.Reset()
+	if err := a.trainer.optimize(t.Context(), a.pack(examples, 0, microTokens), schedule); err != nil {
+		t.Fatal(err)
+	}
+	var step child.TrainerEvent
+	if err := json.NewDecoder(a.events).Decode(&step); err != nil || step.Type != child.EventStep {
+		t.Fatalf("event %+v, %v: expected a step", step, err)
+	}
+	return step
+}
+
 // curveError runs the trainer's own steps over the golden batches and returns the largest relative difference of their
 // losses from PyTorch's.
 func (r *goldenRun) curveError(t *testing.T) float64 {
 	t.Helper()
 	c := r.Curve
 	r.initialise(c.BBound)
-	events := new(bytes.Buffer)
-	trainer := &trainer{
-		backend: r.backend, model: r.model, lora: r.lora, moments: newMoments(len(r.lora.Parameters)),
-		plan: child.TrainPlan{
-			NumTrainEpochs: 1, BatchSize: len(c.Batches[0]), TotalSteps: len(c.Steps), MaxGradNorm: c.MaxGradNorm,
-			AdamBeta1: c.Betas[0], AdamBeta2: c.Betas[1], AdamEpsilon: c.Eps, WeightDecay: c.WeightDecay,
-		},
-		reporter:  reporter{encoder: json.NewEncoder(events)},
-		objective: supervised{},
-	}
-	trainer.compute = func(m dataset.Micro) (engine.Result, error) { return r.model.Gradients(m.Batch, r.lora, 1) }
 	var examples []dataset.Example
 	for i, row := range r.Rows {
 		examples = append(examples, dataset.Example{Row: i, Candidates: []prompt.Row{row.row()}, Tokens: len(row.Tokens)})
 	}
-	var err error
-	if trainer.data, err = dataset.New(examples...); err != nil {
-		t.Fatal(err)
-	}
-	defer trainer.data.Close()
+	attempt := r.attempt(t, child.TrainPlan{
+		NumTrainEpochs: 1, BatchSize: len(c.Batches[0]), TotalSteps: len(c.Steps), MaxGradNorm: c.MaxGradNorm,
+		AdamBeta1: c.Betas[0], AdamBeta2: c.Betas[1], AdamEpsilon: c.Eps, WeightDecay: c.WeightDecay,
+	}, examples)
 	schedule := Schedule{Kind: c.Scheduler, Peak: c.LR, Minimum: c.MinLRRate * c.LR, Warmup: c.WarmupSteps, Total: len(c.Steps)}
 	worst := 0.0
 	for i, rows := range c.Batches {
@@ -331,13 +355,7 @@ func (r *goldenRun) curveError(t *testing.T) float64 {
 		for _, row := range rows {
 			batch = append(batch, examples[row])
 		}
-		if err := trainer.optimize(t.Context(), trainer.pack(batch, 0, defaultMicroTokens), schedule); err != nil {
-			t.Fatal(err)
-		}
-		var step child.TrainerEvent
-		if err := json.NewDecoder(events).Decode(&step); err != nil || step.Type != child.EventStep {
-			t.Fatalf("step %d: event %+v, %v", i, step, err)
-		}
+		step := attempt.optimize(t, batch, defaultMicroTokens, schedule)
 		want := c.Steps[i]
 		if math.Abs(step.LearningRate-want.LearningRate) > 1e-9 {
 			t.Errorf("step %d: learning rate %g, PyTorch has %g", i, step.LearningRate, want.LearningRate)
