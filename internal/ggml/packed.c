@@ -224,14 +224,16 @@ void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 		int64_t width = M - panel * P < P ? M - panel * P : P;
 		float f[CHUNK][G][P] __attribute__((aligned(64)));
 		for (int64_t b = 0; b < blocks; b += SLICE)
-			for (int64_t g = from; g < to; g++) tile(w + panel * blocks + b, x + g * blocks + b, blocks - b < SLICE ? blocks - b : SLICE, b > 0, f[g - from]);
-		for (int64_t t = from * G; t < to * G && t < T; t++) {
-			const float *sums = f[t / G - from][t % G];
-			int64_t at = t * M + panel * P;
-			if (width == P) // of a known size
-				put_sums(y + at, sums, residual ? residual + at : NULL, P);
-			else
-				put_sums(y + at, sums, residual ? residual + at : NULL, width);
-		}
+			for (int64_t g = from; g < to; g++) {
+				tile(w + panel * blocks + b, x + g * blocks + b, blocks - b < SLICE ? blocks - b : SLICE, b > 0, f[g - from]);
+				if (b + SLICE < blocks) continue;
+				for (int64_t t = g * G; t < (g + 1) * G && t < T; t++) { // a few at a time: the stores drain during the next tile
+					int64_t at = t * M + panel * P;
+					if (width == P) // of a known size
+						put_sums(y + at, f[g - from][t % G], residual ? residual + at : NULL, P);
+					else
+						put_sums(y + at, f[g - from][t % G], residual ? residual + at : NULL, width);
+				}
+			}
 	}
 }
