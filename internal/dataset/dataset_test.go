@@ -580,3 +580,40 @@ func TestMemoryIsFlat(t *testing.T) {
 	}
 	runtime.KeepAlive(d)
 }
+
+// Whatever a file holds, it is read or refused by name, and what is read has something to train on.
+func FuzzLines(f *testing.F) {
+	for _, line := range []string{
+		chatLine, pairLine, chatLine + "\n" + pairLine, `{"text":"a"}`, `{"prompt":"","completion":"a"}`, `{"prompt":[],"completion":[]}`, `{"messages":[null]}`,
+		`{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":null,"tool_calls":[{"function":{"name":"f","arguments":"{\"a\":1}"}}]}],"tools":[{}]}`,
+		`{"input":{"messages":[{"role":"user","content":"Q"}]},"preferred_output":[{"role":"assistant","content":"A"}],"non_preferred_output":[null]}`,
+		`{"chosen":[{"role":"assistant","content":"A"}],"rejected":[{"role":"assistant","content":"B"}]}`, "\ufeff", "[", "{}", "null",
+	} {
+		for _, options := range []uint8{0, 1, 2, 3, 4, 7} {
+			f.Add(line, options)
+		}
+	}
+	m := loadModel(f)
+	f.Fuzz(func(t *testing.T, text string, options uint8) {
+		o := dataset.Options{MaxLength: 20, Truncate: options&1 != 0, DPO: options&2 != 0}
+		if options&4 != 0 && !o.DPO {
+			o.Choices = []string{"A", "B"}
+		}
+		for _, b := range []*prompt.Builder{m.chat, m.tools, m.base} {
+			d, err := dataset.Open(t.Context(), write(t, text), b, o)
+			var line *dataset.LineError
+			switch {
+			case errors.As(err, &line) || errors.Is(err, dataset.ErrNoRows):
+				continue
+			case err != nil:
+				t.Fatal(err)
+			}
+			for _, micro := range dataset.Pack(examples(t, d), 64, true) {
+				if err := micro.Batch.Validate(m.VocabularySize()); err != nil {
+					t.Errorf("%q: %v", text, err)
+				}
+			}
+			d.Close()
+		}
+	})
+}
