@@ -28,12 +28,13 @@ var LayoutNames = []string{"exact", "middle", "low"}
 //
 //	name    weights        bytes a weight   time of a step   gradients of the default model, worst and mean error
 //	exact   packed/packed  4.12             1                0.7%, 0.3%
-//	middle  packed/stored  2.06             1.1              the same bits
-//	low     stored/stored  0                1.1 to 1.2       the same bits
-//	(before: f32/bf16      6                1.66             1.4%, 0.6%; bf16/bf16: 4, 1.2, 4.2%, 1.9%)
+//	middle  packed/stored  2.06             1.07             the same bits
+//	low     stored/stored  0                1.13             the same bits
+//	        f32/bf16       6                1.78             1.4%, 0.6%: the exact layout where there is BF16 but no VNNI
+//	        bf16/bf16      4                1.26             4.2%, 1.9%
 //
 // to which come the pages of the mapped file where weights are stored, and its head packed for the time of a step. The
-// time is that of 960 tokens (BenchmarkLayouts); packing costs the same for fewer. So the CPU's plans differ in nothing
+// processor time is that of 960 tokens (BenchmarkLayouts); packing takes as long for fewer. So the CPU's plans differ in nothing
 // but memory and speed, and any may be chosen without asking. On a GPU, low has 4-bit transposes, whose gradients are
 // not exact (DeviceLowLayout): it is for those who ask for it.
 func LayoutOf(name string, gpu bool) (Layout, error) {
