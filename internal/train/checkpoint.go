@@ -20,6 +20,14 @@ func (t *trainer) checkpoint() error {
 	if err := t.export(dir, id, name); err != nil {
 		return err
 	}
+	// An earlier attempt that was cut off here may have left the same. Now that there is another one, it is not needed.
+	for _, earlier := range t.config.ResumeFrom {
+		before := child.TrainerConfig{Dir: earlier}
+		old, _, _ := before.Checkpoint(t.step)
+		if err := os.RemoveAll(old); err != nil {
+			return fmt.Errorf("remove the checkpoint of an earlier attempt: %w", err)
+		}
+	}
 	c := checkpoint{Step: t.step, Dir: dir}
 	if t.evaluated == t.step {
 		c.Metric = t.metric

@@ -8,6 +8,7 @@ import (
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/prompt"
 )
 
 // tiny loads the tiny Llama in float32 with an adapter of random weights.
@@ -195,4 +196,13 @@ func TestBatchIsCheckedBeforeC(t *testing.T) {
 			t.Errorf("%s: no error", name)
 		}
 	}
+}
+
+// rowOf is a row whose tokens are all trained.
+func rowOf(tokens []engine.Token) []prompt.Row {
+	r := prompt.Row{Tokens: tokens, Weights: make([]float32, len(tokens))}
+	for i := 1; i < len(tokens); i++ {
+		r.Weights[i] = 1
+	}
+	return []prompt.Row{r}
 }

@@ -12,153 +12,182 @@ import (
 	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 )
 
-// layouts are the values of the memory option, the most exact first. Auto takes the first that fits of those that it
-// may choose, and says so if that is not the first.
-var layouts = []struct {
-	name   string
-	layout func() graph.Layout
-}{
-	{"exact", graph.ExactLayout},
-	{"middle", graph.SmallLayout},
+// setting is a combination of what decides the memory of a job.
+type setting struct {
+	layout      string // of graph.LayoutNames
+	microTokens int
+	recompute   bool
 }
 
-// autoMicroTokens are the sizes of a micro-batch that auto tries with each layout: the results differ by rounding only.
-var autoMicroTokens = []int{defaultMicroTokens, 512, 256}
+// settings are what auto tries, the fastest first. On a CPU they differ in nothing but memory and speed. On a GPU, low is
+// less exact: it is for those who ask for it.
+func settings(o child.TrainOptions, gpu bool) []setting {
+	sizes, layouts := []int{1024, 512, 256}, graph.LayoutNames
+	if gpu {
+		sizes, layouts = []int{4096, 2048, 1024, 512}, []string{"exact", "middle"}
+	}
+	if name := or(o.Memory, "auto"); name != "auto" {
+		layouts = []string{name}
+	}
+	if o.MicroBatchTokens != nil {
+		sizes = []int{*o.MicroBatchTokens}
+	}
+	var all []setting
+	last := layouts[len(layouts)-1]
+	for _, name := range layouts {
+		for _, n := range sizes {
+			// The next layout of a CPU costs a tenth of the speed, and half the micro-batch a quarter.
+			if gpu || n == sizes[0] || name == last {
+				all = append(all, setting{name, n, false})
+			}
+		}
+		if gpu || name == last {
+			for _, n := range sizes {
+				all = append(all, setting{name, n, true})
+			}
+		}
+	}
+	return all
+}
 
-// planMemory chooses the layout of the weights and the size of the micro-batches by the free memory, and reports them, or
-// refuses with the numbers. A resumed job keeps what it had.
-func (t *trainer) planMemory(shape graph.Shape, fileBytes int64, decide bool) error {
+// planMemory opens the device, chooses the layout of the weights and the size of the micro-batches by the free memory,
+// and reports them, or refuses with the numbers. A resumed job keeps what it had.
+func (t *trainer) planMemory(file *gguf.File, decide bool) error {
+	if err := t.openBackend(decide); err != nil {
+		return err
+	}
 	if !decide {
 		return t.emit(child.TrainerEvent{Type: child.EventMemory, Memory: &t.plan.Memory})
 	}
+	plan, err := t.chooseMemory(file)
+	var refused *child.Error
+	if device, gpu := t.backend.Device(); gpu && errors.As(err, &refused) && or(t.config.Options.Device, "auto") == "auto" {
+		if err := t.warn("Training on the CPU, because %s is too small: %s", device.Description, refused.Message); err != nil {
+			return err
+		}
+		t.backend.Close()
+		if t.backend, err = ggml.NewCPU(t.threads); err != nil {
+			return err
+		}
+		plan, err = t.chooseMemory(file)
+	}
+	if err != nil {
+		return err
+	}
+	t.plan.Memory = plan
+	return t.emit(child.TrainerEvent{Type: child.EventMemory, Memory: &plan})
+}
+
+func (t *trainer) chooseMemory(file *gguf.File) (child.MemoryPlan, error) {
 	free, err := t.freeMemory()
 	if err != nil {
-		return err
+		return child.MemoryPlan{}, err
 	}
-	plans, err := t.memoryPlans(shape, fileBytes, free)
-	if err != nil {
-		return err
-	}
-	for i, p := range plans {
-		if p.TotalBytes > p.FreeBytes {
-			continue
+	_, gpu := t.backend.Device()
+	var first, least child.MemoryPlan
+	for i, s := range settings(t.config.Options, gpu) {
+		p, err := t.estimate(file, s)
+		if err != nil {
+			return p, err
 		}
-		t.plan.Memory = p
-		if i > 0 {
-			if err := t.warnOfPlan(plans[0], p); err != nil {
-				return err
+		p.FreeBytes = free
+		if i == 0 {
+			first, least = p, p
+		}
+		if p.TotalBytes <= free {
+			if i > 0 {
+				err = t.warnOfPlan(first, p)
 			}
+			return p, err
 		}
-		return t.emit(child.TrainerEvent{Type: child.EventMemory, Memory: &p})
-	}
-	return t.refuseMemory(shape, fileBytes, plans)
-}
-
-func (t *trainer) warnOfPlan(wanted, p child.MemoryPlan) error {
-	exactness := ""
-	if p.Layout != wanted.Layout {
-		exactness = fmt.Sprintf(" and the layout %s, whose gradients are less exact", p.Layout)
-	}
-	return t.warn("The layout %s with micro-batches of %d tokens takes %d MiB and %d MiB are free: training with micro-batches of %d tokens%s, in %d MiB",
-		wanted.Layout, wanted.MicroBatchTokens, wanted.TotalBytes>>20, wanted.FreeBytes>>20, p.MicroBatchTokens, exactness, p.TotalBytes>>20)
-}
-
-// memoryPlans are what the options allow, in the order of preference.
-func (t *trainer) memoryPlans(shape graph.Shape, fileBytes, free int64) ([]child.MemoryPlan, error) {
-	wanted, sizes := or(t.config.Options.Memory, "auto"), autoMicroTokens
-	if n := t.config.Options.MicroBatchTokens; n != nil {
-		sizes = []int{*n}
-	}
-	var plans []child.MemoryPlan
-	for _, l := range layouts {
-		if wanted != "auto" && wanted != l.name {
-			continue
-		}
-		for _, n := range sizes {
-			p, err := t.estimate(shape, l.name, l.layout(), n, fileBytes)
-			if err != nil {
-				return nil, err
-			}
-			p.FreeBytes = free
-			plans = append(plans, p)
-		}
-	}
-	return plans, nil
-}
-
-// refuseMemory says what the job would take, and what would fit.
-func (t *trainer) refuseMemory(shape graph.Shape, fileBytes int64, plans []child.MemoryPlan) error {
-	free, least := plans[0].FreeBytes, plans[0]
-	for _, p := range plans {
 		if p.TotalBytes < least.TotalBytes {
 			least = p
 		}
 	}
-	advice := "free some memory or take a smaller base model"
-search:
-	for _, n := range append(autoMicroTokens, 128, 64) {
-		for _, l := range layouts {
-			p, err := t.estimate(shape, l.name, l.layout(), n, fileBytes)
-			if err != nil {
-				return err
-			}
-			if p.TotalBytes <= free {
-				advice = fmt.Sprintf("memory %q with micro_batch_tokens %d would fit, in %d MiB", l.name, n, p.TotalBytes>>20)
-				break search
-			}
+	return least, t.refuseMemory(file, least)
+}
+
+func describePlan(p child.MemoryPlan) string {
+	text := fmt.Sprintf("memory %s with micro-batches of %d tokens", p.Layout, p.MicroBatchTokens)
+	if p.Recompute {
+		text += " whose activations are computed twice"
+	}
+	return text
+}
+
+func (t *trainer) warnOfPlan(wanted, p child.MemoryPlan) error {
+	return t.warn("Training with %s, in %d MiB: %s takes %d MiB and %d MiB are free",
+		describePlan(p), p.TotalBytes>>20, describePlan(wanted), wanted.TotalBytes>>20, wanted.FreeBytes>>20)
+}
+
+// refuseMemory says what the job would take at least, and what would fit.
+func (t *trainer) refuseMemory(file *gguf.File, least child.MemoryPlan) error {
+	advice := "free some memory, or take a smaller base model"
+	for _, s := range []setting{{"middle", 512, false}, {"low", 1024, false}, {"low", 512, true}, {"low", 256, true}, {"low", 64, true}} {
+		p, err := t.estimate(file, s)
+		if err != nil {
+			return err
+		}
+		if p.TotalBytes <= least.FreeBytes {
+			advice = fmt.Sprintf("%q as memory with %d as micro_batch_tokens would fit, in %d MiB", s.layout, s.microTokens, p.TotalBytes>>20)
+			break
 		}
 	}
 	return &child.Error{
 		Code: child.CodeInsufficientMemory,
 		Message: fmt.Sprintf("training this model takes %d MiB (weights %d, adapter %d, activations %d, the rest %d) and %d MiB are free: %s",
-			least.TotalBytes>>20, least.WeightBytes>>20, least.AdapterBytes>>20, least.ActivationBytes>>20, least.OverheadBytes>>20, free>>20, advice),
+			least.TotalBytes>>20, least.WeightBytes>>20, least.AdapterBytes>>20, least.ActivationBytes>>20, least.OverheadBytes>>20, least.FreeBytes>>20, advice),
 		Param: "model",
 	}
 }
 
-// estimate is what a job takes at its peak: the process as it is now, the weights and the adapter, and either the pages of
-// the model file, while the weights are read, or the activations of the largest micro-batch.
-func (t *trainer) estimate(shape graph.Shape, name string, layout graph.Layout, microTokens int, fileBytes int64) (child.MemoryPlan, error) {
+// gpuOverhead is what a GPU's runtime takes beside our tensors: workspaces of its matrix library and pools, in bytes.
+const gpuOverhead = 512 << 20
+
+// estimate is what a job takes at its peak. On the CPU that is with the process as it is now, the optimizer's moments and
+// the pages of the model file; on a GPU, of its memory alone.
+func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error) {
 	options, err := loraOptions(t.plan)
 	if err != nil {
 		return child.MemoryPlan{}, optionFailure(err)
 	}
-	forward, backward, _ := strings.Cut(layout.String(), "/")
-	tokens := max(microTokens, t.longestExample())
-	p := child.MemoryPlan{
-		Device: "cpu", Layout: name, Forward: forward, Backward: backward, MicroBatchTokens: microTokens,
-		WeightBytes:     int64(shape.WeightBytes(layout)),
-		AdapterBytes:    int64(16 * adapterWeights(shape, options)), // weights, gradients and two moments
-		ActivationBytes: int64(tokens * shape.TokenBytes(t.plan.R)),
-	}
-	now, err := residentMemory()
+	device, gpu := t.backend.Device()
+	layout, err := graph.LayoutOf(s.layout, gpu)
 	if err != nil {
-		return p, err
+		return child.MemoryPlan{}, err
 	}
-	p.OverheadBytes = now + max(0, fileBytes-p.AdapterBytes-p.ActivationBytes)
+	longest := t.longestExample()
+	tokens := max(s.microTokens, longest)
+	m, err := graph.Estimate(file, t.backend, layout, options, s.recompute, graph.WorstBatch(tokens, longest, tokens))
+	if err != nil {
+		var unsupported *graph.UnsupportedError
+		if errors.As(err, &unsupported) {
+			err = &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+		}
+		return child.MemoryPlan{}, err
+	}
+	forward, backward, _ := strings.Cut(layout.String(), "/")
+	p := child.MemoryPlan{
+		Device: "cpu", Layout: s.layout, Forward: forward, Backward: backward, MicroBatchTokens: s.microTokens, Recompute: s.recompute,
+		WeightBytes: int64(m.Weights), AdapterBytes: int64(m.Adapter), ActivationBytes: int64(m.Activations),
+	}
+	if gpu {
+		p.Device, p.OverheadBytes = device.Description, gpuOverhead
+	} else {
+		now, err := residentMemory()
+		if err != nil {
+			return p, err
+		}
+		p.AdapterBytes *= 2 // weights and gradients, and two moments
+		p.OverheadBytes = now + file.Size
+	}
 	p.TotalBytes = p.WeightBytes + p.AdapterBytes + p.ActivationBytes + p.OverheadBytes
 	return p, nil
-}
-
-// adapterWeights is the length of graph.LoRA.Parameters.
-func adapterWeights(s graph.Shape, o graph.LoRAOptions) int {
-	d, q, kv := s.Embedding, s.Heads.Query*s.Heads.Size, s.Heads.KeyValue*s.Heads.Size
-	sizes := map[graph.Module]int{
-		graph.Query: d + q, graph.Key: d + kv, graph.Value: d + kv, graph.Output: q + d,
-		graph.Gate: d + s.FeedForward, graph.Up: d + s.FeedForward, graph.Down: s.FeedForward + d,
-	}
-	layers, rank := s.Layers, (o.Rank+15)/16*16
-	if len(o.Layers) > 0 {
-		layers = len(o.Layers)
-	}
-	n := 0
-	for _, m := range o.Modules {
-		n += layers * rank * sizes[m]
-	}
-	return n
 }
 
 // longestExample bounds the tokens of an example in a micro-batch; its answers are never in two.
@@ -173,19 +202,23 @@ func (t *trainer) longestExample() int {
 	return longest
 }
 
-// freeMemory is what this process may take in all, in bytes: what the server granted, or else what is free and what it
-// has already.
+// freeMemory is what training may take in all, in bytes: on the CPU what is free and what this process has already, on a
+// GPU what is free there, and never more than the server granted.
 func (t *trainer) freeMemory() (int64, error) {
-	free, err := availableMemory()
-	if err != nil {
-		return 0, err
+	var free int64
+	if device, gpu := t.backend.Device(); gpu {
+		free = int64(device.FreeBytes)
+	} else {
+		available, err := availableMemory()
+		if err != nil {
+			return 0, err
+		}
+		own, err := residentMemory()
+		if err != nil {
+			return 0, err
+		}
+		free = own + min(available, groupMemory("/proc/self/cgroup", "/sys/fs/cgroup"))
 	}
-	free = min(free, groupMemory("/proc/self/cgroup", "/sys/fs/cgroup"))
-	own, err := residentMemory()
-	if err != nil {
-		return 0, err
-	}
-	free += own
 	if granted := t.config.MemoryBytes; granted > 0 {
 		free = min(free, granted)
 	}

@@ -89,8 +89,9 @@ type facts struct {
 //	logging_steps           1
 //	metric_for_best_model   loss
 //	prefix_sharing          where it saves a tenth of the tokens (trainer.sharePrefixes)
-//	memory                  exact if that fits into the free memory, with micro-batches of 1,024, 512 or 256 tokens; else,
-//	                        with a warning, middle (trainer.planMemory)
+//	device                  the GPU with the most free memory, if the job fits into it, else the CPU
+//	memory                  exact, or what else fits into the free memory, with a warning (settings); on a GPU never low
+//	micro_batch_tokens      1,024; 4,096 on a GPU; less with a warning where memory is short
 //
 // Errors are *OptionError.
 func NewPlan(o child.TrainOptions, f facts) (child.TrainPlan, error) {
@@ -255,7 +256,6 @@ var (
 	strategies = []string{"no", "steps", "epoch"}
 	metrics    = []string{"loss", "accuracy", "choice_accuracy"}
 	devices    = []string{"auto", "cpu", "cuda"}
-	memories   = []string{"auto", "exact", "middle", "low"}
 )
 
 // validChoices reports whether choices can be told apart.
@@ -319,7 +319,7 @@ func validate(p child.TrainPlan, o child.TrainOptions, f facts) error {
 		{!(p.EarlyStoppingThreshold >= 0), "early_stopping_threshold", "at least 0"},
 		{!(or(o.SaveMinutes, 0) >= 0), "save_minutes", "at least 0"},
 		{!slices.Contains(devices, or(o.Device, "auto")), "device", fmt.Sprintf("one of %v", devices)},
-		{!slices.Contains(memories, or(o.Memory, "auto")), "memory", fmt.Sprintf("one of %v", memories)},
+		{o.Memory != nil && *o.Memory != "auto" && !slices.Contains(graph.LayoutNames, *o.Memory), "memory", fmt.Sprintf("auto or one of %v", graph.LayoutNames)},
 		{o.MicroBatchTokens != nil && (*o.MicroBatchTokens < minMicroTokens || *o.MicroBatchTokens > 1<<16), "micro_batch_tokens", fmt.Sprintf("%d to %d", minMicroTokens, 1<<16)},
 	} {
 		if c.bad {

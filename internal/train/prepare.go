@@ -76,7 +76,7 @@ func (t *trainer) prepare(ctx context.Context) (*resumeState, error) {
 	if err := t.sharePrefixes(state == nil); err != nil {
 		return nil, err
 	}
-	if err := t.planMemory(shape, file.Size, state == nil); err != nil {
+	if err := t.planMemory(file, state == nil); err != nil {
 		return nil, err
 	}
 	if t.config.DryRun {
@@ -172,9 +172,6 @@ func (t *trainer) load(ctx context.Context, file *gguf.File, start *lora.Weights
 	if err != nil {
 		return err
 	}
-	if t.backend, err = t.openBackend(); err != nil {
-		return err
-	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -185,6 +182,7 @@ func (t *trainer) load(ctx context.Context, file *gguf.File, start *lora.Weights
 		}
 		return err
 	}
+	t.model.Recompute = t.plan.Memory.Recompute
 	options, err := loraOptions(t.plan)
 	if err != nil {
 		return optionFailure(err)

@@ -142,17 +142,22 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 	return removeStates(dir, keptStates)
 }
 
-// removeStates removes all but the newest resume states of a directory, and what attempts that were killed left of one.
+// removeStates removes all but the newest resume states of a directory, and what attempts that were killed left of one or of a
+// checkpoint.
 func removeStates(dir string, kept int) error {
 	states, err := statesIn(dir)
 	if err != nil {
 		return err
 	}
-	unfinished, err := filepath.Glob(filepath.Join(dir, temporaryMark+statePrefix+"*"))
-	if err != nil {
-		return err
+	remove := states[min(kept, len(states)):]
+	for _, unfinished := range []string{temporaryMark + statePrefix + "*", filepath.Join("checkpoints", temporaryMark+"*")} {
+		found, err := filepath.Glob(filepath.Join(dir, unfinished))
+		if err != nil {
+			return err
+		}
+		remove = append(remove, found...)
 	}
-	for _, old := range append(unfinished, states[min(kept, len(states)):]...) {
+	for _, old := range remove {
 		if err := os.RemoveAll(old); err != nil {
 			return fmt.Errorf("remove an old resume state: %w", err)
 		}
