@@ -67,9 +67,6 @@ func ExactLayout() Layout {
 	return Layout{ggml.F32, ggml.F32}
 }
 
-// SmallLayout takes 4 bytes a weight, and on CPUs without BF16 arithmetic is slow.
-func SmallLayout() Layout { return Layout{ggml.BF16, ggml.BF16} }
-
 var storageNames = map[ggml.Type]string{Packed: "packed", Stored: "stored"}
 
 func storageName(t ggml.Type) string {
@@ -98,28 +95,4 @@ func ParseLayout(text string) (Layout, error) {
 		}
 	}
 	return l, nil
-}
-
-// storageBytes is the memory of a matrix [out, in] stored as t.
-func storageBytes(t ggml.Type, in, out int) int {
-	switch t {
-	case Stored:
-		return 0
-	case Packed:
-		return ggml.PackedBytes(in, out)
-	case ggml.BF16:
-		return 2 * in * out
-	}
-	return ggml.RowBytes(t, in) * out
-}
-
-// WeightBytes is the memory that Load will allocate for a model of this shape, in bytes, embedding aside.
-func (s Shape) WeightBytes(l Layout) int {
-	both := func(in, out int) int { return storageBytes(l.Forward, in, out) + storageBytes(l.Backward, out, in) }
-	bytes := both(s.Embedding, s.Vocabulary)
-	for m := range modules {
-		in, out := s.moduleSize(m)
-		bytes += s.Layers * both(in, out)
-	}
-	return bytes
 }

@@ -178,7 +178,7 @@ func TestRecompute(t *testing.T) {
 }
 
 func TestLayoutNames(t *testing.T) {
-	for _, l := range []graph.Layout{graph.ExactLayout(), graph.SmallLayout(), {Forward: graph.Stored, Backward: graph.Packed}, {Forward: ggml.F32, Backward: ggml.F32}} {
+	for _, l := range []graph.Layout{graph.ExactLayout(), {Forward: ggml.BF16, Backward: ggml.BF16}, {Forward: graph.Stored, Backward: graph.Packed}, {Forward: ggml.F32, Backward: ggml.F32}} {
 		if got, err := graph.ParseLayout(l.String()); err != nil || got != l {
 			t.Errorf("ParseLayout(%q) = %v, %v", l, got, err)
 		}

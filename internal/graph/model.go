@@ -282,11 +282,3 @@ func (m *Model) ActivationBytes() int { return m.allocator.Size() }
 // LimitActivations makes a micro-batch whose graph takes more bytes end with ggml.ErrMemory before anything is computed;
 // 0 lifts the limit.
 func (m *Model) LimitActivations(bytes int) { m.allocator.Limit = bytes }
-
-// TokenBytes estimates the memory that the graph of a micro-batch takes for each of its tokens: what the backward
-// pass needs of every layer, in float32, with LoRA of the given rank on every module.
-func (s Shape) TokenBytes(rank int) int {
-	q, kv := s.Heads.Query*s.Heads.Size, s.Heads.KeyValue*s.Heads.Size
-	kept := 2*s.Embedding + 2*q + 2*kv + 2*s.FeedForward + int(modules)*paddedRank(rank) // the last is A x of every module
-	return 4 * (s.Layers*kept + 8*s.Embedding + 8*s.FeedForward)
-}
