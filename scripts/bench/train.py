@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -65,16 +66,40 @@ class Peer:
 
 
 class Contender:
-    """One line of a row: a name and how to run it once, which gives seconds, tokens, rows and peak_bytes."""
+    """One line of a row: a name and how to run it once, which gives seconds, tokens, rows and peak_bytes. pid is of the
+    process that it runs in, 0 if it starts one and waits for its end."""
 
-    def __init__(self, name, run):
-        self.name, self.run, self.results = name, run, []
+    def __init__(self, name, run, pid=0):
+        self.name, self.once, self.pid, self.results = name, run, pid, []
+
+    def run(self):
+        began, busy, own = time.perf_counter(), busy_seconds(), self.own_seconds()
+        result = self.once()
+        others = busy_seconds() - busy - (self.own_seconds() - own)
+        cores = len(os.sched_getaffinity(0))
+        self.results.append(result | {"others": max(0.0, others / cores / (time.perf_counter() - began))})
+        return self.results[-1]
+
+    def own_seconds(self):
+        if self.pid:
+            with open(f"/proc/{self.pid}/stat") as f:
+                fields = f.read().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
     def median(self, unit):
         return statistics.median(r[unit] / r["seconds"] for r in self.results)
 
     def peak(self):
         return max(r["peak_bytes"] for r in self.results)
+
+
+def busy_seconds():
+    """Processor time that all processes of the machine have used, and that its host gave to others."""
+    with open("/proc/stat") as f:
+        user, nice, system, _, _, irq, soft, steal = map(int, f.readline().split()[1:9])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 class Bench:
@@ -89,6 +114,7 @@ class Bench:
         workload.write(self.text, 64)
         self.report = {"machine": machine(), "rows": {}, "bars": []}
         self.markdown = []
+        self.disturbed = 0.0  # the most that other programs had of the cores in any run
 
     # What is written down.
 
@@ -104,15 +130,17 @@ class Bench:
 
     def table(self, row, contenders, unit, of):
         """A row's figures; of is the contender that the others' ratios are against."""
-        self.say(f"\n| | {unit}/s, median | by repetition | hone / this | peak memory, MiB |\n| --- | --- | --- | --- | --- |")
+        self.say(f"\n| | {unit}/s, median | by repetition | hone / this | peak memory, MiB | others had of the cores |\n| --- | --- | --- | --- | --- | --- |")
         best = of.median(unit)
         lines = []
         for c in contenders:
             rates = [r[unit] / r["seconds"] for r in c.results]
             ratio = best / c.median(unit)
-            lines.append({"name": c.name, "unit": unit, "median": c.median(unit), "rates": rates, "ratio": ratio, "peak_bytes": c.peak()})
+            others = [r["others"] for r in c.results]
+            self.disturbed = max(self.disturbed, *others)
+            lines.append({"name": c.name, "unit": unit, "median": c.median(unit), "rates": rates, "ratio": ratio, "peak_bytes": c.peak(), "others": others})
             each = ", ".join(f"{v:.1f}" for v in rates)
-            self.say(f"| {c.name} | {c.median(unit):.1f} | {each} | {'' if c is of else f'{ratio:.2f}'} | {c.peak() >> 20} |")
+            self.say(f"| {c.name} | {c.median(unit):.1f} | {each} | {'' if c is of else f'{ratio:.2f}'} | {c.peak() >> 20} | {statistics.median(others):.0%} |")
         self.report["rows"].setdefault(row, []).extend(lines)
 
     # How things run.
@@ -134,9 +162,9 @@ class Bench:
         for repetition in range(self.args.repetitions):
             turn = repetition % len(contenders)
             for c in contenders[turn:] + contenders[:turn]:
-                c.results.append(c.run())
-                r = c.results[-1]
-                print(f"  {c.name}: {r['tokens'] / r['seconds']:.1f} tokens/s, {r['rows'] / r['seconds']:.2f} rows/s", flush=True)
+                r = c.run()
+                speed = f"{r['tokens'] / r['seconds']:.1f} tokens/s, {r['rows'] / r['seconds']:.2f} rows/s"
+                print(f"  {c.name}: {speed}, others had {r['others']:.0%} of the cores", flush=True)
 
     def same_tokens(self, peer):
         """Both sides must have read the same rows."""
@@ -154,11 +182,12 @@ class Bench:
         try:
             plain = self.ours("hone", self.text, options | {"lora_dropout": 0.0}, 8, 64)
             dropped = self.ours("hone, dropout 0.05", self.text, options | {"lora_dropout": 0.05}, 8, 64)
-            peft = Contender("PEFT bf16, sorted by length, batch 8", lambda: peer.epoch(**sorted8, dropout=0, seed=1))
-            peft_dropped = Contender("the same, dropout 0.05", lambda: peer.epoch(**sorted8, dropout=0.05, seed=1))
+            peft = Contender("PEFT bf16, sorted by length, batch 8", lambda: peer.epoch(**sorted8, dropout=0, seed=1), peer.process.pid)
+            peft_dropped = Contender("the same, dropout 0.05", lambda: peer.epoch(**sorted8, dropout=0.05, seed=1), peer.process.pid)
             user = Contender(
                 "PEFT bf16 as the first user ran it: padded to 256, 2 x 4, dropout 0.05",
                 lambda: peer.epoch(layout="padded", batch=2, accumulate=4, dropout=0.05, loss="all", rows=32, seed=1),
+                peer.process.pid,
             )
             contenders = [plain, peft, dropped, peft_dropped, user]
             self.take_turns(*contenders)
@@ -181,8 +210,8 @@ class Bench:
         peer = Peer(self, self.text, "bf16", 8, 16, "q_proj,v_proj")
         try:
             ours = self.ours("hone", self.text, ADAPTER | {"lora_dropout": 0.0}, 8, 64)
-            plain = Contender("PEFT bf16, sorted by length, other labels -100", lambda: peer.epoch(**setting, loss="answers"))
-            head = Contender("PEFT bf16 in a loop with the head on the answers alone", lambda: peer.epoch(**setting, loss="head"))
+            plain = Contender("PEFT bf16, sorted by length, other labels -100", lambda: peer.epoch(**setting, loss="answers"), peer.process.pid)
+            head = Contender("PEFT bf16 in a loop with the head on the answers alone", lambda: peer.epoch(**setting, loss="head"), peer.process.pid)
             self.take_turns(ours, plain, head)
             self.same_tokens(peer)
         finally:
@@ -213,7 +242,7 @@ class Bench:
             for kind in ("bf16", "fp32"):
                 peers.append(Peer(self, rows, kind, 16, 32, "all-linear"))
             ours = self.ours("hone", rows, DEMO, 4, 64)
-            others = [Contender(f"{p.name}, sorted by length", lambda p=p: p.epoch(**setting)) for p in peers]
+            others = [Contender(f"{p.name}, sorted by length", lambda p=p: p.epoch(**setting), p.process.pid) for p in peers]
             self.take_turns(ours, *others)
             self.same_tokens(peers[0])
         finally:
@@ -349,9 +378,6 @@ class Bench:
     def run(self):
         self.say("# Training speed")
         self.say("\n" + ", ".join(f"{k}: {v}" for k, v in self.report["machine"].items()))
-        load = self.report["machine"]["load average"]
-        if load > 0.5:
-            self.say(f"\n**Other programs were running (load {load:.1f}): ratios are disturbed, and no absolute figure means anything.**")
         for row in self.args.rows:
             try:
                 getattr(self, "row_" + row)()
@@ -359,6 +385,8 @@ class Bench:
                 self.say(f"\n**not measured**: {e}")
                 self.report["bars"].append({"row": row, "bar": "measured", "figure": None, "wanted": None, "pass": False})
             self.write()
+        if self.disturbed > 0.05:
+            self.say(f"\n**Other programs had up to {self.disturbed:.0%} of the cores meanwhile: take these figures for a hint, and run this again alone.**")
         self.say("\n## Bars\n\n| row | bar | figure | wanted | |\n| --- | --- | --- | --- | --- |")
         for b in self.report["bars"]:
             figures = "| | |" if b["figure"] is None else f"| {b['figure']:.3g} | {b['wanted']:.3g} |"
