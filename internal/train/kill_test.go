@@ -48,7 +48,7 @@ func runProcess(t *testing.T, config child.TrainerConfig, killAfter float64) (ev
 		t.Fatal(err)
 	}
 	process := exec.Command(os.Args[0])
-	process.Env = append(os.Environ(), childVariable+"=1")
+	process.Env = append(os.Environ(), childVariable+"=1", "OMP_WAIT_POLICY=passive") // as child.StartTrainer
 	var log bytes.Buffer
 	process.Stderr = &log
 	in, err := process.StdinPipe() // open while it runs

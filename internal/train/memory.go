@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
@@ -161,9 +162,11 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 	if err != nil {
 		return child.MemoryPlan{}, err
 	}
-	longest := t.longestExample()
-	tokens := max(s.microTokens, longest)
-	m, err := graph.Estimate(file, t.backend, layout, options, s.recompute, graph.WorstBatch(tokens, longest, tokens))
+	tokens, err := t.largestMicro(s.microTokens)
+	if err != nil {
+		return child.MemoryPlan{}, err
+	}
+	m, err := graph.Estimate(file, t.backend, layout, options, s.recompute, graph.WorstBatch(tokens, min(tokens, t.data.Longest), tokens))
 	if err != nil {
 		var unsupported *graph.UnsupportedError
 		if errors.As(err, &unsupported) {
@@ -190,16 +193,24 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 	return p, nil
 }
 
-// longestExample bounds the tokens of an example in a micro-batch; its answers are never in two.
-func (t *trainer) longestExample() int {
-	longest := t.data.Longest
-	if t.valid != nil {
-		longest = max(longest, t.valid.Longest)
+// largestMicro is the most tokens of a micro-batch in a sample of the first epoch's steps, taken evenly: small steps of
+// short rows, which may share their beginnings, do not fill one.
+func (t *trainer) largestMicro(microTokens int) (int, error) {
+	const sample = 2000 // examples
+	n := t.plan.BatchSize
+	batches := stepsPerEpoch(t.data.Rows, n)
+	every := max(1, batches*n/sample)
+	order, largest := t.data.Order(t.plan.Seed, 0), 0
+	for i := 0; i < batches; i += every {
+		examples, err := t.data.Examples(order, i*n, (i+1)*n)
+		if err != nil {
+			return 0, err
+		}
+		for _, m := range dataset.Pack(examples, microTokens, t.plan.PrefixSharing) {
+			largest = max(largest, len(m.Batch.Tokens))
+		}
 	}
-	if t.plan.Method == methodDPO {
-		longest *= 2
-	}
-	return longest
+	return largest, nil
 }
 
 // freeMemory is what training may take in all, in bytes: on the CPU what is free and what this process has already, on a

@@ -132,7 +132,7 @@ func (t *trainer) resume() (*resumeState, error) {
 	if state.Rows != t.data.Rows {
 		return nil, fmt.Errorf("the resume state is of %d training rows, the file has %d", state.Rows, t.data.Rows)
 	}
-	t.plan, t.position, t.threads = state.Plan, state.position(), state.Threads
+	t.plan, t.position = state.Plan, state.position()
 	t.plan.ResumedStep, t.saved = state.Step, state.Step
 	return state, nil
 }

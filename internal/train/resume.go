@@ -24,7 +24,7 @@ const (
 	manifestFile  = "state.json"
 	statePrefix   = "state-"
 	keptStates    = 2
-	stateVersion  = 2
+	stateVersion  = 3
 	temporaryMark = ".tmp-"
 )
 
@@ -34,7 +34,6 @@ type resumeState struct {
 	JobID         string          `json:"job_id"`
 	BaseDigest    string          `json:"base_digest"`
 	Rows          int             `json:"rows"` // of the training file that are trained on
-	Threads       int             `json:"threads"`
 	Plan          child.TrainPlan `json:"plan"` // with the layout of the weights
 	Step          int             `json:"step"`
 	TrainedTokens int64           `json:"trained_tokens"`
@@ -50,7 +49,7 @@ type resumeState struct {
 
 func (t *trainer) state() resumeState {
 	return resumeState{
-		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: t.data.Rows, Threads: t.threads, Plan: t.plan,
+		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: t.data.Rows, Plan: t.plan,
 		Step: t.step, TrainedTokens: t.trained, Skipped: t.skipped, Evaluated: t.evaluated,
 		Window: t.window, Selection: t.selection, Checkpoints: t.checkpoints,
 	}

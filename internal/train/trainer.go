@@ -4,7 +4,7 @@
 //	err := train.Run(ctx, config, commands, events) // the trainer process is little more than this
 //
 // A job that is resumed from a state continues bit for bit: the order of the rows and the dropout masks follow from
-// seed, epoch and row, and every sum runs in a fixed order for a given number of threads.
+// seed, epoch and row, and every sum runs in a fixed order, whatever the number of threads.
 package train
 
 import (

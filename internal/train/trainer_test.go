@@ -128,7 +128,8 @@ func TestResumeIsBitForBit(t *testing.T) {
 	if len(eventsOf(first, child.EventDone)) != 0 {
 		t.Fatal("the stopped attempt is done")
 	}
-	cut.Attempt, cut.ResumeFrom, cut.Dir = 2, []string{cut.Dir}, cut.Dir+"-2"
+	// The number of threads changes nothing.
+	cut.Attempt, cut.ResumeFrom, cut.Dir, cut.Threads = 2, []string{cut.Dir}, cut.Dir+"-2", 3
 	second := runJob(t, cut, 0)
 	plan := eventsOf(second, child.EventPlan)[0].Plan
 	if plan.ResumedStep < 4 {
