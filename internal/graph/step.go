@@ -456,11 +456,14 @@ func (s *step) losses(x ggml.Tensor) {
 
 // headGradient computes the losses of all targets and returns the gradient with respect to x.
 func (s *step) headGradient(x ggml.Tensor) ggml.Tensor {
-	head, back := s.blocks.hold(s, s.head.w), s.blocks.hold(s, s.head.wt)
+	head, back := s.blocks.hold(s, s.head.w), weight{}
 	var dx ggml.Tensor
-	for _, c := range s.targets.chunks {
+	for i, c := range s.targets.chunks {
 		picked, out := s.logits(x, c, head)
 		dlogits := s.blocks.loss(s, out, c, true)
+		if i == 0 { // behind the logits: a single chunk has no use for both at the same time
+			back = s.blocks.hold(s, s.head.wt)
+		}
 		dnormed := s.blocks.matmul(s, back, s.blocks.input(s, back, dlogits), ggml.Tensor{})
 		dpicked := s.blocks.rmsNormBack(s, picked, s.norm, dnormed, ggml.Tensor{})
 		dx = s.blocks.scatter(s, dx, dpicked, s.ctx.View(s.targets.index, c.fromPosition, c.positions), x.Size(1))
