@@ -119,12 +119,13 @@ type trainer struct {
 	compute func(m dataset.Micro) (engine.Result, error)
 
 	position
-	moments  moments
-	saved    int // step of the newest resume state
-	savedAt  time.Time
-	metric   *float64 // of the evaluation at step evaluated
-	progress progress
-	spent    spent
+	moments    moments
+	saved      int // step of the newest resume state
+	savedAt    time.Time
+	metric     *float64 // of the evaluation at step evaluated
+	progress   progress
+	spent      spent
+	neighbours neighbours
 }
 
 // position is how far a job has come: with the plan and the arrays, all that a resume state holds.
