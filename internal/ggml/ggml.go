@@ -422,6 +422,13 @@ func NewCPU(threads int) (*Backend, error) {
 	return &Backend{c: c, watch: watch}, nil
 }
 
+// SetThreads changes the number of threads of a CPU backend from the next computation on; a GPU has none.
+func (b *Backend) SetThreads(threads int) {
+	if b.device == nil {
+		C.ggml_backend_cpu_set_n_threads(b.c, C.int(threads))
+	}
+}
+
 // Close frees the backend; it may be called twice. No computation may be running.
 func (b *Backend) Close() {
 	if b != nil && b.c != nil {
