@@ -26,6 +26,7 @@ enum {
 	HONE_GGML_TYPE_IQ4_NL = 20,
 	HONE_GGML_TYPE_I8 = 24,
 	HONE_GGML_TYPE_I32 = 26,
+	HONE_GGML_TYPE_F16 = 1,
 	HONE_GGML_TYPE_BF16 = 30,
 	HONE_GGML_STATUS_ALLOC_FAILED = -2,
 	HONE_GGML_STATUS_SUCCESS = 0,
@@ -33,6 +34,7 @@ enum {
 	HONE_GGML_ROPE_TYPE_NEOX = 2,
 	HONE_GGML_N_TASKS_MAX = -1,
 	HONE_GGML_BACKEND_BUFFER_USAGE_WEIGHTS = 1,
+	HONE_GGML_PREC_F32 = 10,
 };
 
 // Enums of the library are unsigned int here, which is the type that they have.
@@ -101,6 +103,7 @@ struct ggml_tensor *ggml_custom_inplace(struct ggml_context *ctx, struct ggml_te
 
 // Operations of graphs that run on every kind of device.
 const char *ggml_type_name(unsigned int type);
+void ggml_mul_mat_set_prec(struct ggml_tensor *a, unsigned int prec);
 const char *ggml_op_desc(const struct ggml_tensor *t);
 void ggml_set_output(struct ggml_tensor *tensor);
 struct ggml_tensor *ggml_add_inplace(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);

@@ -46,6 +46,7 @@ const (
 	F32   Type = C.HONE_GGML_TYPE_F32
 	I8    Type = C.HONE_GGML_TYPE_I8 // also raw bytes
 	I32   Type = C.HONE_GGML_TYPE_I32
+	F16   Type = C.HONE_GGML_TYPE_F16
 	BF16  Type = C.HONE_GGML_TYPE_BF16
 	Q8_0  Type = C.HONE_GGML_TYPE_Q8_0
 	IQ4NL Type = C.HONE_GGML_TYPE_IQ4_NL

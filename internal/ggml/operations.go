@@ -52,6 +52,10 @@ func (x *Context) Concat(a, b Tensor, dimension int) Tensor {
 	return Tensor{C.ggml_concat(x.c, a.c, b.c, C.int(dimension))}
 }
 
+// Precise asks that the product a of MulMat is summed in float32 and its factors rounded as little as the device can:
+// a device may otherwise trade precision for the range that small gradients need.
+func (x *Context) Precise(a Tensor) { C.ggml_mul_mat_set_prec(a.c, C.HONE_GGML_PREC_F32) }
+
 // SetRows writes row i of rows [n, m] over row index[i] (int32 [m], all different) of into [n, ...] and returns into.
 func (x *Context) SetRows(into, rows, index Tensor) Tensor {
 	return Tensor{C.ggml_set_rows(x.c, into.c, rows.c, index.c)}

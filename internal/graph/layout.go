@@ -85,7 +85,7 @@ func ParseLayout(text string) (Layout, error) {
 	var l Layout
 	for i, name := range []string{forward, backward} {
 		found := false
-		for _, t := range []ggml.Type{ggml.F32, ggml.BF16, ggml.Q8_0, ggml.IQ4NL, Packed, Stored} {
+		for _, t := range []ggml.Type{ggml.F32, ggml.F16, ggml.BF16, ggml.Q8_0, ggml.IQ4NL, Packed, Stored} {
 			if storageName(t) == name {
 				*[]*ggml.Type{&l.Forward, &l.Backward}[i], found = t, true
 			}

@@ -34,6 +34,7 @@ type weight struct {
 	kind      ggml.Type
 	t         ggml.Tensor // ne order [in, out]; Packed: bytes
 	transpose bool        // Stored: t is the transpose
+	forward   bool        // its products are activations, which want precision, not gradients, which want range
 }
 
 // linear is a frozen weight matrix, kept twice: forward multiplies w, backward its transpose.
@@ -107,7 +108,7 @@ func describe(f *gguf.File, backend *ggml.Backend, layout Layout) (*loader, erro
 	tensors := shape.Layers*(2*int(modules)+7) + 6
 	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}, context: ggml.NewContext(tensors, 0), mapped: ggml.NewContext(tensors, 0), allocator: backend.NewAllocator()}
 	if _, gpu := backend.Device(); gpu {
-		m.blocks = &plain{backend: backend}
+		m.blocks = newPlain(backend)
 	}
 	l := &loader{model: m}
 	if m.file, err = gguf.Open(f.Path); err != nil {
@@ -179,6 +180,7 @@ func (l *loader) stored(name string, in, out int) (ggml.Tensor, error) {
 func (l *loader) matrix(name string, in, out int) linear {
 	m := l.model
 	pair := linear{m.weight(m.Forward, in, out), m.weight(m.Backward, out, in)}
+	pair.w.forward = true
 	src, ok := m.file.Tensor(name)
 	var err error
 	if m.Forward == Stored || m.Backward == Stored || !ok {

@@ -16,6 +16,7 @@ import (
 // weights, everything.
 type plain struct {
 	backend *ggml.Backend
+	gpu     bool
 	masks   masks
 
 	// of the running step
@@ -29,10 +30,16 @@ type plain struct {
 	copySums    ggml.Tensor // float32 [copies, copied]: 1 where the copy is of the token
 	copied      ggml.Tensor // int32 [copied]
 
-	maskRows                   ggml.Tensor // int32 [T, parts]: rows of the pool
-	labelRows, labelColumns    ggml.Tensor // int32 [targets]: index of the label in its chunk's logits, and of its column
-	labelWeights, columnWeight ggml.Tensor // float32, scaled: [targets], and their sums [1, positions]
-	picked                     ggml.Tensor // what pick took from
+	maskRows                   ggml.Tensor         // int32 [T, parts]: rows of the pool
+	labelRows, labelColumns    ggml.Tensor         // int32 [targets]: index of the label in its chunk's logits, and of its column
+	labelWeights, columnWeight ggml.Tensor         // float32, scaled: [targets], and their sums [1, positions]
+	picked                     ggml.Tensor         // what pick took from
+	dropped                    map[int]ggml.Tensor // x with dropout of each part's loraDown, which loraOuter takes again
+}
+
+func newPlain(backend *ggml.Backend) *plain {
+	_, gpu := backend.Device()
+	return &plain{backend: backend, gpu: gpu}
 }
 
 // limits lets the head take about 256 MiB of logits at once.
@@ -62,7 +69,7 @@ func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), er
 	t, n := s.tokens, len(b.Targets)
 	h := s.Heads
 	g := group(b.Segments, maxBatch/h.KeyValue)
-	*p = plain{backend: p.backend, masks: p.masks, grouping: g}
+	*p = plain{backend: p.backend, gpu: p.gpu, masks: p.masks, grouping: g, dropped: make(map[int]ggml.Tensor)}
 	p.mask = inputs.New(ggml.F32, g.keys, g.queries, 1, g.groups)
 	integers := func(values []int32) (ggml.Tensor, func()) {
 		tensor := inputs.New(ggml.I32, len(values))
@@ -154,7 +161,11 @@ func (*plain) input(_ *step, _ weight, x ggml.Tensor) input { return input{x, x.
 func (*plain) hold(_ *step, w weight) weight { return w }
 
 func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
-	y := s.add(s.ctx.MulMat(w.t, x.t))
+	y := s.ctx.MulMat(w.t, x.t)
+	if w.forward {
+		s.ctx.Precise(y)
+	}
+	s.add(y)
 	if residual.Valid() {
 		y = s.add(s.ctx.Add(y, residual))
 	}
@@ -168,7 +179,7 @@ func (*plain) rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor {
 // keepOnCPU keeps the memory of a node whose place the CPU's gradient operations may not take: they read it after they
 // have begun to write. Those of the other backends compute each element or row before they write it.
 func (p *plain) keepOnCPU(s *step, t ggml.Tensor) {
-	if _, gpu := p.backend.Device(); !gpu {
+	if !p.gpu {
 		s.ctx.Keep(t)
 	}
 }
@@ -269,12 +280,20 @@ func (p *plain) sumKeys(s *step, gradient ggml.Tensor) ggml.Tensor {
 	return s.add(s.ctx.SetRows(out, s.ctx.MulMat(s.ctx.Transpose(copies), p.copySums), p.copied))
 }
 
-// dropped is x [in, T] with the part's dropout.
-func (p *plain) dropped(s *step, x ggml.Tensor, drop *Part) ggml.Tensor {
+// drops says whether the part has dropout, and finds its index.
+func (p *plain) drops(s *step, drop *Part) (index int, ok bool) {
 	if drop == nil || !s.seeds.Valid() {
+		return 0, false
+	}
+	return slices.IndexFunc(s.lora.Parts, func(q Part) bool { return q.Layer == drop.Layer && q.Module == drop.Module }), true
+}
+
+// drop is x [in, T] with the part's dropout.
+func (p *plain) drop(s *step, x ggml.Tensor, drop *Part) ggml.Tensor {
+	index, ok := p.drops(s, drop)
+	if !ok {
 		return x
 	}
-	index := slices.IndexFunc(s.lora.Parts, func(q Part) bool { return q.Layer == drop.Layer && q.Module == drop.Module })
 	pool := p.masks.pool
 	width := pool.Size(0)
 	part := s.ctx.Strided(pool, 0, [4]int{drop.In, maskPool, 1, 1}, [3]int{width, width * maskPool, width * maskPool})
@@ -282,17 +301,24 @@ func (p *plain) dropped(s *step, x ggml.Tensor, drop *Part) ggml.Tensor {
 }
 
 func (p *plain) loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor {
-	return s.add(s.ctx.MulMat(w, p.dropped(s, x, drop)))
+	x = p.drop(s, x, drop)
+	if index, ok := p.drops(s, drop); ok {
+		p.dropped[index] = x
+	}
+	return s.add(s.ctx.MulMat(w, x))
 }
 
 func (p *plain) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
 	z := s.ctx.MulMat(s.ctx.Transpose(w), s.ctx.Scale(u, float32(s.lora.Scale()), 0))
-	return s.add(s.ctx.Add(y, p.dropped(s, z, drop)))
+	return s.add(s.ctx.Add(y, p.drop(s, z, drop)))
 }
 
 func (p *plain) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
+	if index, ok := p.drops(s, drop); ok {
+		x = p.dropped[index]
+	}
 	scaled := s.ctx.Scale(u, float32(s.lora.Scale()), 0)
-	outer := s.ctx.MulMat(s.ctx.Transpose(p.dropped(s, x, drop)), s.ctx.Transpose(scaled))
+	outer := s.ctx.MulMat(s.ctx.Transpose(x), s.ctx.Transpose(scaled))
 	s.add(s.ctx.AddInPlace(gradient, outer))
 }
 

@@ -33,7 +33,7 @@ func openBoth(t *testing.T, path string, o LoRAOptions) (models [2]*Model, loras
 			t.Fatal(err)
 		}
 		if i == 1 {
-			models[i].blocks = &plain{backend: backend}
+			models[i].blocks = newPlain(backend)
 		}
 		t.Cleanup(models[i].Close)
 		if loras[i], err = models[i].NewLoRA(o); err != nil {
@@ -233,7 +233,7 @@ func TestMasks(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer backend.Close()
-	p := &plain{backend: backend}
+	p := newPlain(backend)
 	defer p.close()
 	if err := p.masksFor(0.1, 96); err != nil {
 		t.Fatal(err)

@@ -2,7 +2,10 @@ package train
 
 import (
 	"math"
+	"runtime"
 	"sync"
+
+	"github.com/hone-llm/hone/internal/ggml"
 )
 
 // AdamW are the settings of the optimizer, as torch.optim.AdamW's (https://arxiv.org/abs/1711.05101).
@@ -26,14 +29,7 @@ func (o AdamW) step(parameters, gradients []float32, m moments, gradientScale, l
 	root := float32(1 / math.Sqrt(1-math.Pow(o.Beta2, float64(number))))
 	b1, b2, eps, scale := float32(o.Beta1), float32(o.Beta2), float32(o.Epsilon), float32(gradientScale)
 	inParallel(len(parameters), func(from, to int) {
-		p, g, first, second := parameters[from:to], gradients[from:to], m.first[from:to], m.second[from:to]
-		for i := range p {
-			gi := g[i] * scale
-			first[i] += (gi - first[i]) * (1 - b1)
-			second[i] = second[i]*b2 + gi*gi*(1-b2)
-			denominator := float32(math.Sqrt(float64(second[i])))*root + eps
-			p[i] = p[i]*decay - size*first[i]/denominator
-		}
+		ggml.AdamW(parameters[from:to], gradients[from:to], m.first[from:to], m.second[from:to], scale, decay, size, root, b1, b2, eps)
 	})
 }
 
@@ -57,10 +53,12 @@ func norm(values []float32) float64 {
 	return math.Sqrt(total)
 }
 
-// inParallel calls work on two halves of [0, n) at once: the optimizer is bound by memory, more threads gain nothing.
+// inParallel calls work on parts of [0, n), one for each processor.
 func inParallel(n int, work func(from, to int)) {
 	var wait sync.WaitGroup
-	wait.Go(func() { work(0, n/2) })
-	work(n/2, n)
+	parts := min(n, runtime.GOMAXPROCS(0))
+	for i := range parts {
+		wait.Go(func() { work(n*i/parts, n*(i+1)/parts) })
+	}
 	wait.Wait()
 }

@@ -33,16 +33,42 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
 ")
   endif()
 
-  # Products with BF16 weights write float32, as cuBLAS can, instead of rounding to BF16 and converting: more exact, and
-  # faster. Quantised weights are expanded to BF16 for them, at most 64 Mi weights at a time, where the next change has
-  # them come here.
-  change(${cuda}/ggml-cuda.cu "    if (supports_bf16 && src0->type == GGML_TYPE_BF16 && ggml_is_contiguous(src0)" "    const to_bf16_cuda_t expand = ggml_is_quantized(src0->type) ? ggml_get_to_bf16_cuda(src0->type) : nullptr;
-    if (supports_bf16 && (src0->type == GGML_TYPE_BF16 || expand) && ggml_is_contiguous(src0)")
-  change(${cuda}/ggml-cuda.cu "        const nv_bfloat16 * src0_ptr = (const nv_bfloat16 *)src0_dd_i;
+  # Products with BF16 or F16 weights sum and write in float32, as cuBLAS can, instead of rounding to 16 bits and
+  # converting: more exact, and faster. Where the second change below has quantised weights come here, they are expanded,
+  # at most 64 Mi weights at a time, to F16 if float32 precision is asked for (forward: the more exact type, but small
+  # gradients would be 0), else to BF16.
+  change(${cuda}/ggml-cuda.cu "    if (supports_bf16 && src0->type == GGML_TYPE_BF16 && ggml_is_contiguous(src0)" "    const bool quantized = ggml_is_quantized(src0->type);
+    const bool as_f16 = src0->type == GGML_TYPE_F16 || (quantized && dst->op_params[0] == GGML_PREC_F32);
+    const to_bf16_cuda_t expand_bf16 = quantized && !as_f16 ? ggml_get_to_bf16_cuda(src0->type) : nullptr;
+    const to_fp16_cuda_t expand_f16 = quantized && as_f16 ? ggml_get_to_fp16_cuda(src0->type) : nullptr;
+    if (supports_bf16 && (src0->type == GGML_TYPE_BF16 || src0->type == GGML_TYPE_F16 || expand_bf16 || expand_f16) && ggml_is_contiguous(src0)")
+  change(${cuda}/ggml-cuda.cu "        ggml_cuda_pool_alloc<nv_bfloat16> src1_as_bf16(ctx.pool(id));
+        if (src1->type != GGML_TYPE_BF16) {
+            const to_bf16_cuda_t to_bf16_cuda = ggml_get_to_bf16_cuda(src1->type);
+            GGML_ASSERT(to_bf16_cuda != nullptr);
+            size_t ne = src1_ncols*ne10;
+            src1_as_bf16.alloc(ne);
+            to_bf16_cuda(src1_ddf_i, src1_as_bf16.get(), ne, stream);
+        }
+        const nv_bfloat16 * src1_ptr = src1->type == GGML_TYPE_BF16 ? (const nv_bfloat16 *) src1_ddf_i : src1_as_bf16.get();
+        const nv_bfloat16 * src0_ptr = (const nv_bfloat16 *)src0_dd_i;
         ggml_cuda_pool_alloc<nv_bfloat16> dst_bf16(ctx.pool(id), row_diff*src1_ncols);
-" "        const int64_t band = expand ? std::min<int64_t>(row_diff, std::max<int64_t>(256, (64 << 20)/ne00)) : row_diff;
+" "        const ggml_type half_type = as_f16 ? GGML_TYPE_F16 : GGML_TYPE_BF16;
+        const cudaDataType_t cuda_type = as_f16 ? CUDA_R_16F : CUDA_R_16BF;
+        ggml_cuda_pool_alloc<nv_bfloat16> src1_converted(ctx.pool(id)); // 16 bits of either type
+        if (src1->type != half_type) {
+            size_t ne = src1_ncols*ne10;
+            src1_converted.alloc(ne);
+            if (as_f16) {
+                ggml_get_to_fp16_cuda(src1->type)(src1_ddf_i, (half *) src1_converted.get(), ne, stream);
+            } else {
+                ggml_get_to_bf16_cuda(src1->type)(src1_ddf_i, src1_converted.get(), ne, stream);
+            }
+        }
+        const void * src1_ptr = src1->type == half_type ? (const void *) src1_ddf_i : src1_converted.get();
+        const int64_t band = quantized ? std::min<int64_t>(row_diff, std::max<int64_t>(256, (64 << 20)/ne00)) : row_diff;
         ggml_cuda_pool_alloc<nv_bfloat16> expanded(ctx.pool(id));
-        if (expand) {
+        if (quantized) {
             expanded.alloc(band*ne00);
         }
 ")
@@ -60,28 +86,58 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
 " "        for (int64_t row = 0; row < row_diff; row += band) {
             const int64_t rows = std::min(band, row_diff - row);
             const char * stored = src0_dd_i + row*ggml_row_size(src0->type, ne00);
-            if (expand) {
-                expand(stored, expanded.get(), rows*ne00, stream);
+            if (expand_f16) {
+                expand_f16(stored, (half *) expanded.get(), rows*ne00, stream);
+            } else if (expand_bf16) {
+                expand_bf16(stored, expanded.get(), rows*ne00, stream);
             }
             CUBLAS_CHECK(
                 cublasGemmEx(ctx.cublas_handle(id), CUBLAS_OP_T, CUBLAS_OP_N,
                         rows, src1_ncols, ne10,
-                        &alpha_f32,  expand ? (const void *) expanded.get() : stored, CUDA_R_16BF, ne00,
-                                     src1_ptr,       CUDA_R_16BF, ne10,
-                        &beta_f32,   dst_dd_i + row, CUDA_R_32F,  ldc,
+                        &alpha_f32,  quantized ? (const void *) expanded.get() : stored, cuda_type, ne00,
+                                     src1_ptr,       cuda_type,  ne10,
+                        &beta_f32,   dst_dd_i + row, CUDA_R_32F, ldc,
                         CUBLAS_COMPUTE_32F,
                         CUBLAS_GEMM_DEFAULT_TENSOR_OP));
         }
 ")
 
   # On Hopper (and the data centre Blackwells) the int8 kernels reach less than half of what cuBLAS does. From 192 tokens
-  # on, quantised weights take the way above there, which also keeps gradients of every size.
+  # on, quantised weights take the way above there, which also keeps gradients of every size; not the transpose of a
+  # head, whose bands would be too narrow.
+  change(${cuda}/ggml-cuda.cu "ggml_cuda_should_use_mmq(src0->type, cc, src1->ne[1]);" "ggml_cuda_should_use_mmq(src0->type, cc, src0->ne[0] > 65536 ? 1 : src1->ne[1]);")
   change(${cuda}/mmq.cu "    if (turing_mma_available(cc)) {
         return true;" "    if (GGML_CUDA_CC_IS_NVIDIA(cc) && (cc == 900 || cc == 1000 || cc == 1030) && ne11 >= 192) {
         return false;
     }
     if (turing_mma_available(cc)) {
         return true;")
+
+  # Rows of float32 are copied 16 bytes a thread, three times faster than element by element.
+  change(${cuda}/getrows.cu "template<typename src0_t, typename dst_t>
+static void get_rows_cuda_float(" "static __global__ void k_get_rows_f32x4(
+        const char * __restrict__ src0, const int32_t * __restrict__ rows, char * __restrict__ dst,
+        const uint32_t n, const uint3 width, const size_t nb01, const size_t nb1) {
+    const uint32_t i = blockIdx.x*blockDim.x + threadIdx.x;
+    if (i >= n) {
+        return;
+    }
+    const uint2 at = fast_div_modulo(i, width);
+    ((float4 *) (dst + at.x*nb1))[at.y] = ((const float4 *) (src0 + rows[at.x]*nb01))[at.y];
+}
+
+template<typename src0_t, typename dst_t>
+static void get_rows_cuda_float(")
+  change(${cuda}/getrows.cu "    k_get_rows_float<<<block_nums, block_dims, 0, stream>>>(" "    if constexpr (std::is_same_v<src0_t, float> && std::is_same_v<dst_t, float>) {
+        const bool aligned = ((size_t) src0_d | (size_t) dst_d | nb01 | nb1) % 16 == 0 && ne00 % 4 == 0;
+        if (aligned && ne11*ne12 == 1 && nb10 == sizeof(int32_t) && ne10*ne00 < 2147483647) {
+            const uint32_t n = ne10*(ne00/4);
+            k_get_rows_f32x4<<<(n + 255)/256, 256, 0, stream>>>((const char *) src0_d, src1_d, (char *) dst_d, n, init_fastdiv_values(ne00/4), nb01, nb1);
+            return;
+        }
+    }
+    k_get_rows_float<<<block_nums, block_dims, 0, stream>>>(")
+
   change(${cuda}/convert.cu "to_bf16_cuda_t ggml_get_to_bf16_cuda(ggml_type type) {
     switch (type) {
 " "to_bf16_cuda_t ggml_get_to_bf16_cuda(ggml_type type) {
