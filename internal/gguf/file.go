@@ -158,6 +158,16 @@ func (f *File) Data(t Tensor) []byte {
 	return f.data[t.Offset : t.Offset+t.Bytes : t.Offset+t.Bytes]
 }
 
+// Forget takes the pages of a tensor's data out of the process's memory, as far as the system follows the advice;
+// whatever is touched later is read again, from the system's page cache as long as it holds it.
+func (f *File) Forget(t Tensor) {
+	page := int64(os.Getpagesize())
+	from, to := pad(t.Offset, page), (t.Offset+t.Bytes)/page*page // its neighbours may be in use
+	if f.data != nil && from < to {
+		_ = syscall.Madvise(f.data[from:to], syscall.MADV_DONTNEED)
+	}
+}
+
 // Floats decodes the data of an F32, F16 or BF16 tensor of an opened file.
 func (f *File) Floats(t Tensor) ([]float32, error) {
 	names := map[Type]string{F32: "F32", F16: "F16", BF16: "BF16"}

@@ -320,3 +320,30 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestForget expects the same data behind it, of a tensor that neither begins nor ends on a page.
+func TestForget(t *testing.T) {
+	t.Parallel()
+	data := make([]byte, 4*50000)
+	for i := range data {
+		data[i] = byte(i * 7)
+	}
+	path := filepath.Join(t.TempDir(), "model.gguf")
+	if err := WriteFile(path, nil, []TensorData{
+		{Name: "a", Shape: []int64{25000}, Type: F32, Data: data[:100000]}, {Name: "b", Shape: []int64{25000}, Type: F32, Data: data[100000:]},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	f, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, tensor := range f.Tensors {
+		before := bytes.Clone(f.Data(tensor))
+		f.Forget(tensor)
+		if !bytes.Equal(before, f.Data(tensor)) {
+			t.Errorf("%s has other data", tensor.Name)
+		}
+	}
+}

@@ -8,13 +8,14 @@ import (
 
 // Memory is what training takes of the backend's memory, in bytes.
 type Memory struct {
-	Weights     int // of the base model; those in the mapped file are not counted
+	Weights     int // of the base model, without those that stay in the file
+	Mapped      int // of the file, of the pages that a step reads: in the process's memory, shared, and dropped when memory is short
 	Adapter     int // weights and gradients
 	Activations int // of the largest micro-batch, with its inputs
 }
 
 // Total is the sum.
-func (m Memory) Total() int { return m.Weights + m.Adapter + m.Activations }
+func (m Memory) Total() int { return m.Weights + m.Mapped + m.Adapter + m.Activations }
 
 // Estimate says what Load, NewLoRA and Gradients of the micro-batch (WorstBatch makes one) will take with these choices.
 // It lays out the same tensors and plans the same graph without memory, in milliseconds, so that it is right to the byte
@@ -30,7 +31,7 @@ func Estimate(f *gguf.File, backend *ggml.Backend, layout Layout, o LoRAOptions,
 		return Memory{}, err
 	}
 	m.Recompute = recompute
-	result := Memory{Weights: m.context.Measure(backend)}
+	result := Memory{Weights: m.context.Measure(backend), Mapped: m.mappedBytes()}
 	lora, err := m.describeLoRA(o)
 	if err != nil {
 		return Memory{}, err
@@ -46,6 +47,20 @@ func Estimate(f *gguf.File, backend *ggml.Backend, layout Layout, o LoRAOptions,
 	s.build()
 	result.Activations += m.allocator.Measure(s.graph)
 	return result, nil
+}
+
+// mappedBytes is the size of the tensors that stay in the file.
+func (m *Model) mappedBytes() int {
+	if _, gpu := m.backend.Device(); gpu {
+		return 0
+	}
+	bytes := 0
+	for _, t := range m.file.Tensors {
+		if len(t.Shape) == 2 && (m.Forward == Stored || m.Backward == Stored || t.Name == "token_embd.weight") {
+			bytes += int(t.Bytes)
+		}
+	}
+	return bytes
 }
 
 // WorstBatch is a micro-batch that takes as much memory as any of so many tokens, in rows of at most rowTokens, of which

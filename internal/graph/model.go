@@ -197,7 +197,10 @@ func (l *loader) matrix(name string, in, out int) linear {
 			l.fills = append(l.fills, pair.uploads(m.file.Data(src), ggml.Type(src.Type))...)
 			return pair
 		}
-		l.fills = append(l.fills, func() { pair.fill(m.file.Data(src), ggml.Type(src.Type)) })
+		l.fills = append(l.fills, func() {
+			pair.fill(m.file.Data(src), ggml.Type(src.Type))
+			m.file.Forget(src) // or it would be in memory twice
+		})
 	}
 	return pair
 }

@@ -151,7 +151,7 @@ func (t *trainer) refuseMemory(file *gguf.File, least child.MemoryPlan) error {
 const gpuOverhead = 512 << 20
 
 // estimate is what a job takes at its peak. On the CPU that is with the process as it is now, the optimizer's moments and
-// the pages of the model file; on a GPU, of its memory alone.
+// the pages that stay in the model file; on a GPU, of its memory alone.
 func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error) {
 	options, err := loraOptions(t.plan)
 	if err != nil {
@@ -187,7 +187,7 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 			return p, err
 		}
 		p.AdapterBytes *= 2 // weights and gradients, and two moments
-		p.OverheadBytes = now + file.Size
+		p.OverheadBytes = now + int64(m.Mapped)
 	}
 	p.TotalBytes = p.WeightBytes + p.AdapterBytes + p.ActivationBytes + p.OverheadBytes
 	return p, nil
