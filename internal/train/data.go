@@ -53,16 +53,46 @@ func (t *trainer) readChoices(ctx context.Context, builder *prompt.Builder, o da
 	}
 	o.Choices, o.TrainOnAll = all, false
 	choices, err := dataset.Open(ctx, t.config.ValidationFile, builder, o)
-	switch {
-	case ctx.Err() != nil:
+	if ctx.Err() != nil {
 		return context.Cause(ctx)
-	case err != nil:
+	}
+	var line *dataset.LineError
+	switch {
+	case errors.As(err, &line), errors.Is(err, dataset.ErrNoRows):
 		return nil // answers that cannot be told apart as choices: the accuracy is not reported
-	case choices.Rows != t.valid.Rows: // some rows are too long with one of the choices, or train several turns
-		return choices.Close()
+	case err != nil:
+		return err
+	}
+	same, err := sameRows(t.valid, choices)
+	if err != nil || !same {
+		return errors.Join(err, choices.Close())
 	}
 	t.validChoices = choices
 	return nil
+}
+
+// sameRows reports whether the examples of choices are those of data: not if some are too long with one of the choices,
+// or train several turns.
+func sameRows(data, choices *dataset.Dataset) (bool, error) {
+	if data.Rows != choices.Rows {
+		return false, nil
+	}
+	for i := range data.Rows {
+		row, err := data.Example(i)
+		if err != nil {
+			return false, err
+		}
+		choice, err := choices.Example(i)
+		if err != nil {
+			return false, err
+		}
+		c := choice.Candidates[choice.Right]
+		prompt := max(0, slices.IndexFunc(c.Weights, func(w float32) bool { return w != 0 }))
+		if tokens := row.Candidates[0].Tokens; len(tokens) < prompt || !slices.Equal(tokens[:prompt], c.Tokens[:prompt]) {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 func dataFailure(ctx context.Context, err error, param string) error {

@@ -156,8 +156,12 @@ func TestLoggingSteps(t *testing.T) {
 func TestCheckpoints(t *testing.T) {
 	config := tinyJob(t)
 	o := &config.Options
-	o.NumTrainEpochs, o.SaveTotalLimit, o.LoadBestModelAtEnd, o.LearningRate = ptr(6), ptr(2), ptr(true), ptr(0.9)
-	o.LRSchedulerType = ptr("constant")
+	o.NumTrainEpochs, o.SaveTotalLimit, o.LoadBestModelAtEnd, o.LearningRate = ptr(6), ptr(2), ptr(true), ptr(2e-2)
+	// Answers that training on others makes ever less likely.
+	other := `{"messages":[{"role":"user","content":"?"},{"role":"assistant","content":"` + strings.Repeat("zq x", 10) + `"}]}`
+	if err := os.WriteFile(config.ValidationFile, []byte(other), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	events := runJob(t, config, 0)
 	evals, checkpoints := eventsOf(events, child.EventEval), eventsOf(events, child.EventCheckpoint)
 	if len(evals) != 6 || len(checkpoints) != 6 {

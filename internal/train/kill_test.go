@@ -65,7 +65,7 @@ func runProcess(t *testing.T, config child.TrainerConfig, killAfter float64) (ev
 	}
 	kill := func(reported int, perStep time.Duration) {
 		if share := killAfter - float64(reported); share >= 0 && share < 1 {
-			time.AfterFunc(time.Duration(share*float64(perStep)), func() { process.Process.Kill() })
+			time.AfterFunc(time.Duration(share*float64(perStep)), func() { _ = process.Process.Kill() }) // it may have ended
 		}
 	}
 	if _, err := in.Write(append(line, '\n')); err != nil {

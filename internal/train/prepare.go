@@ -10,6 +10,7 @@ import (
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/lora"
@@ -179,6 +180,13 @@ func (t *trainer) load(ctx context.Context, file *gguf.File, start *lora.Weights
 		var unsupported *graph.UnsupportedError
 		if errors.As(err, &unsupported) {
 			return &child.Error{Code: child.CodeInvalidModel, Message: err.Error(), Param: "model"}
+		}
+		if errors.Is(err, ggml.ErrMemory) {
+			m := t.plan.Memory
+			return &child.Error{
+				Code: child.CodeInsufficientMemory, Param: "hone.memory",
+				Message: fmt.Sprintf("the weights take %d MiB, which could not be allocated although %d MiB were free: free some memory, or ask for a smaller layout with the option memory", m.WeightBytes>>20, m.FreeBytes>>20),
+			}
 		}
 		return err
 	}
