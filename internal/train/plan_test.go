@@ -35,6 +35,14 @@ func TestPlanRefuses(t *testing.T) {
 		{"max_grad_norm", child.TrainOptions{MaxGradNorm: ptr(-1.0)}, ""},
 		{"long_rows", child.TrainOptions{LongRows: ptr("cut")}, ""},
 		{"choices", child.TrainOptions{Choices: []string{"A"}}, ""},
+		{"choices", child.TrainOptions{Choices: []string{"A", "B", "A"}}, ""},
+		{"choices", child.TrainOptions{Choices: []string{"A", " B"}}, ""},
+		{"train_on_all", child.TrainOptions{Choices: []string{"A", "B"}, TrainOnAll: ptr(true)}, ""},
+		{"train_on_all", child.TrainOptions{TrainOnAll: ptr(true)}, "dpo"},
+		{"save_minutes", child.TrainOptions{SaveMinutes: ptr(-1.0)}, ""},
+		{"device", child.TrainOptions{Device: ptr("tpu")}, ""},
+		{"memory", child.TrainOptions{Memory: ptr("tiny")}, ""},
+		{"micro_batch_tokens", child.TrainOptions{MicroBatchTokens: ptr(1)}, ""},
 		{"choices", child.TrainOptions{Choices: []string{"A", "B"}}, "dpo"},
 		{"beta", child.TrainOptions{Beta: ptr(0.1)}, ""},
 		{"beta", child.TrainOptions{Beta: ptr(0.0)}, "dpo"},
@@ -91,6 +99,46 @@ func TestPlanIsSensibleAtEverySize(t *testing.T) {
 		p, err := NewPlan(child.TrainOptions{}, facts{Rows: c.rows, Weights: c.weights, MaxLength: 2048, Layers: 30})
 		if err != nil || p.NumTrainEpochs != c.epochs || p.BatchSize != c.batch || p.TotalSteps != c.steps {
 			t.Errorf("%d rows, %d weights: %d epochs, batch %d, %d steps, %v; want %+v", c.rows, c.weights, p.NumTrainEpochs, p.BatchSize, p.TotalSteps, err, c)
+		}
+	}
+}
+
+// Evaluations and checkpoints must meet for the best model to be loaded, and auto makes them.
+func TestPlanLoadsTheBestModel(t *testing.T) {
+	f := facts{Rows: 100, Weights: 135e6, MaxLength: 2048, Layers: 30, Valid: true}
+	p, err := NewPlan(child.TrainOptions{LoadBestModelAtEnd: ptr(true), EvalStrategy: ptr("steps"), EvalSteps: ptr(5)}, f)
+	if err != nil || p.SaveStrategy != "steps" || p.SaveSteps != 5 {
+		t.Errorf("%s every %d steps, %v; expected steps, 5", p.SaveStrategy, p.SaveSteps, err)
+	}
+	for _, o := range []child.TrainOptions{
+		{SaveStrategy: ptr("no")},
+		{SaveStrategy: ptr("steps"), SaveSteps: ptr(5)},
+		{EvalStrategy: ptr("steps"), EvalSteps: ptr(4), SaveStrategy: ptr("steps"), SaveSteps: ptr(6)},
+	} {
+		o.LoadBestModelAtEnd = ptr(true)
+		var option *OptionError
+		if _, err := NewPlan(o, f); !errors.As(err, &option) || option.Option != "save_strategy" {
+			t.Errorf("%+v: error %v, want one of save_strategy", o, err)
+		}
+	}
+}
+
+// An adapter to continue from decides its own shape.
+func TestPlanContinues(t *testing.T) {
+	start := &child.TrainPlan{R: 8, LoraAlpha: 16, TargetModules: []string{"q_proj", "v_proj"}}
+	f := facts{Rows: 100, Weights: 135e6, MaxLength: 2048, Layers: 30, Start: start}
+	p, err := NewPlan(child.TrainOptions{R: ptr(8), TargetModules: []string{"v_proj", "q_proj"}}, f)
+	if err != nil || p.R != 8 || p.LoraAlpha != 16 || len(p.TargetModules) != 2 {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for name, o := range map[string]child.TrainOptions{
+		"r": {R: ptr(16)}, "lora_alpha": {LoraAlpha: ptr(8.0)}, "use_rslora": {UseRSLoRA: ptr(true)},
+		"target_modules": {TargetModules: []string{"all-linear"}}, "layers_to_transform": {LayersToTransform: []int{1}},
+		"init_lora_weights": {InitLoraWeights: ptr("gaussian")},
+	} {
+		var option *OptionError
+		if _, err := NewPlan(o, f); !errors.As(err, &option) || option.Option != name {
+			t.Errorf("%s: error %v", name, err)
 		}
 	}
 }

@@ -206,6 +206,10 @@ func TestJobsThatCannotSucceedFailByName(t *testing.T) {
 		"max_length":    {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(1 << 20) }, child.CodeInvalidRequest, "hone.max_length", "512 tokens"},
 		"rank":          {func(_ *testing.T, c *child.TrainerConfig) { c.Options.R = ptr(0) }, child.CodeInvalidRequest, "hone.r", "1 to 256"},
 		"target":        {func(_ *testing.T, c *child.TrainerConfig) { c.Options.TargetModules = []string{"lm_head"} }, child.CodeInvalidRequest, "hone.target_modules", "lm_head"},
+		"device": {func(t *testing.T, c *child.TrainerConfig) {
+			t.Setenv("HONE_LIB", t.TempDir()) // no library of a GPU there
+			c.Options.Device = ptr("cuda")
+		}, child.CodeInvalidRequest, "hone.device", "cuda cannot be used"},
 		"missing model": {func(t *testing.T, c *child.TrainerConfig) { c.ModelDir = t.TempDir() }, child.CodeInvalidModel, "model", "base.gguf"},
 		"diverging": {func(_ *testing.T, c *child.TrainerConfig) {
 			c.Options.LearningRate = ptr(1.0)
