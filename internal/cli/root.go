@@ -75,6 +75,7 @@ func newRootCommand(s streams) *cobra.Command {
 		newChatCommand(s),
 		newDatasetCommand(s),
 		newDemoCommand(s),
+		newDoctorCommand(s),
 		newFineTuneCommand(s),
 		newPredictCommand(s),
 	)
