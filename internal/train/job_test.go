@@ -288,6 +288,25 @@ func TestStartAdapter(t *testing.T) {
 	}
 }
 
+// A preference job that goes on from an adapter is anchored to the model with it, not to the base model: its first loss is log 2.
+func TestPreferencesFromAnAdapter(t *testing.T) {
+	first := tinyJob(t)
+	first.Options.LearningRate = ptr(2e-2)
+	runJob(t, first, 0)
+	config := preferenceJob(t)
+	config.StartAdapter, config.Options.R, config.Options.LoraDropout = first.AdapterDir, nil, ptr(0.0)
+	steps := eventsOf(runJob(t, config, 0), child.EventStep)
+	if len(steps) == 0 || math.Abs(steps[0].TrainLoss-math.Ln2) > 1e-5 || *steps[0].RewardsChosen != 0 {
+		t.Errorf("first step %+v: expected the loss log 2 and no rewards", steps)
+	}
+	// The cache tells the two references apart: the same pairs from the base model.
+	base := preferenceJob(t)
+	base.TrainingFile, base.CacheDir, base.Options.LoraDropout = config.TrainingFile, config.Dir, ptr(0.0)
+	if steps := eventsOf(runJob(t, base, 0), child.EventStep); math.Abs(steps[0].TrainLoss-math.Ln2) > 1e-5 {
+		t.Errorf("first step from the base model: loss %g, expected log 2", steps[0].TrainLoss)
+	}
+}
+
 func TestDryRun(t *testing.T) {
 	config := tinyJob(t)
 	config.DryRun = true

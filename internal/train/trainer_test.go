@@ -199,13 +199,13 @@ func TestJobsThatCannotSucceedFailByName(t *testing.T) {
 		spoil             func(t *testing.T, c *child.TrainerConfig)
 		code, param, text string
 	}{
-		"broken line":   {broken(`{"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y"}]}` + "\n{\n"), "invalid_training_file", "training_file", "line 2"},
-		"empty file":    {broken("\n"), "invalid_training_file", "training_file", "empty"},
-		"no assistant":  {broken(`{"messages":[{"role":"user","content":"x"}]}`), "invalid_training_file", "training_file", "line 1"},
-		"too long":      {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(3) }, "invalid_training_file", "training_file", "max_length"},
-		"max_length":    {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(1 << 20) }, child.CodeInvalidRequest, "hone.max_length", "512 tokens"},
-		"rank":          {func(_ *testing.T, c *child.TrainerConfig) { c.Options.R = ptr(0) }, child.CodeInvalidRequest, "hone.r", "1 to 256"},
-		"target":        {func(_ *testing.T, c *child.TrainerConfig) { c.Options.TargetModules = []string{"lm_head"} }, child.CodeInvalidRequest, "hone.target_modules", "lm_head"},
+		"broken line":  {broken(`{"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y"}]}` + "\n{\n"), "invalid_training_file", "training_file", "line 2"},
+		"empty file":   {broken("\n"), "invalid_training_file", "training_file", "empty"},
+		"no assistant": {broken(`{"messages":[{"role":"user","content":"x"}]}`), "invalid_training_file", "training_file", "line 1"},
+		"too long":     {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(3) }, "invalid_training_file", "training_file", "max_length"},
+		"max_length":   {func(_ *testing.T, c *child.TrainerConfig) { c.Options.MaxLength = ptr(1 << 20) }, child.CodeInvalidRequest, "hone.max_length", "512 tokens"},
+		"rank":         {func(_ *testing.T, c *child.TrainerConfig) { c.Options.R = ptr(0) }, child.CodeInvalidRequest, "hone.r", "1 to 256"},
+		"target":       {func(_ *testing.T, c *child.TrainerConfig) { c.Options.TargetModules = []string{"lm_head"} }, child.CodeInvalidRequest, "hone.target_modules", "lm_head"},
 		"device": {func(t *testing.T, c *child.TrainerConfig) {
 			t.Setenv("HONE_LIB", t.TempDir()) // no library of a GPU there
 			c.Options.Device = ptr("cuda")
