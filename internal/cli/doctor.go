@@ -157,8 +157,8 @@ func askEngine(ctx context.Context) (e doctor.Engine, err error) {
 		}
 		e = more
 	}
-	if e.NoGPU != "" && last != "" { // the library's own words
-		e.NoGPU += ": " + last
+	if e.NoGPU != "" && last != "" { // the library's own words say more
+		e.NoGPU = last
 	}
 	return e, err
 }

@@ -108,7 +108,7 @@ func TestDevices(t *testing.T) {
 	}{
 		{"auto", none, model, OK, "the CPU (%s: auto; no GPU can be used)"},
 		{"cpu", two, model, OK, "the CPU (%s: cpu)"},
-		{"cuda", none, model, Problem, "%s is cuda, and there is no GPU"},
+		{"cuda", none, model, Problem, "%s is cuda, and no GPU can be used"},
 		{"cuda", two, model, OK, "large (%s: cuda)"},
 		{"auto", two, model, OK, "large, where the "},
 	} {

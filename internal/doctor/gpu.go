@@ -144,7 +144,7 @@ func (e Engine) most() GPU {
 func device(name, key, value string, e Engine) Check {
 	switch {
 	case value == "cuda" && len(e.GPUs) == 0:
-		return Check{name, Problem, key + " is cuda, and there is no GPU to use: they fail", "mend what is said of the GPU above, or set " + key + ": auto"}
+		return Check{name, Problem, key + " is cuda, and no GPU can be used", "mend what is said of the GPU above, or set " + key + ": auto"}
 	case value == "cuda":
 		return Check{name, OK, fmt.Sprintf("%s (%s: cuda)", e.most().Name, key), ""}
 	case value == "cpu":
