@@ -18,7 +18,7 @@ openai_venv := $(cache)/openai-$(openai_version)
 
 # serve's half: built and tested without cgo, which proves that it needs none. deps_test.go forbids the imports.
 pure := $(addprefix ./,$(addsuffix /...,$(wildcard server client finetune adapters configs \
-	internal/store internal/wire internal/child internal/models internal/gguf internal/lora internal/durable)))
+	internal/store internal/wire internal/child internal/models internal/gguf internal/lora internal/durable internal/doctor)))
 
 .PHONY: help
 help: ## list the targets
