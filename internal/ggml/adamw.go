@@ -3,16 +3,27 @@ package ggml
 /*
 #include <math.h>
 #include <stdint.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 // sqrtf that sets no errno is one instruction for many elements.
 __attribute__((optimize("no-math-errno"))) static void adamw(float *restrict p, const float *restrict g, float *restrict m, float *restrict v, int64_t n,
 		float scale, float decay, float size, float root, float b1, float b2, float eps) {
+#ifdef __SSE__
+	// Moments below 1e-38, which change nothing, are a hundred times slower than 0.
+	unsigned int mode = _mm_getcsr();
+	_mm_setcsr(mode | 0x8040);
+#endif
 	for (int64_t i = 0; i < n; i++) {
 		float gi = g[i] * scale;
 		m[i] += (gi - m[i]) * (1 - b1);
 		v[i] = v[i] * b2 + gi * gi * (1 - b2);
 		p[i] = p[i] * decay - size * m[i] / (sqrtf(v[i]) * root + eps);
 	}
+#ifdef __SSE__
+	_mm_setcsr(mode);
+#endif
 }
 */
 import "C"

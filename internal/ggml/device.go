@@ -126,6 +126,9 @@ func (b *Backend) Device() (Device, bool) {
 	return d, true
 }
 
+// GPU says whether the backend computes on one.
+func (b *Backend) GPU() bool { return b.device != nil }
+
 // HostFloats allocates n float32 values in host memory that the device copies from and to fastest, zeroed. The buffer
 // is nil where ordinary memory is as good.
 func (b *Backend) HostFloats(n int) ([]float32, *Buffer) {

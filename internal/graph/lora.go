@@ -137,7 +137,7 @@ func (m *Model) describeLoRA(o LoRAOptions) (*LoRA, error) {
 	if o.Dropout < 0 || o.Dropout >= 1 {
 		return nil, fmt.Errorf("dropout %g: expected at least 0 and less than 1", o.Dropout)
 	}
-	_, gpu := m.backend.Device()
+	gpu := m.backend.GPU()
 	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank), host: !gpu}
 	if gpu {
 		l.PaddedRank = (o.Rank + 7) / 8 * 8

@@ -51,7 +51,7 @@ func Estimate(f *gguf.File, backend *ggml.Backend, layout Layout, o LoRAOptions,
 
 // mappedBytes is the size of the tensors that stay in the file.
 func (m *Model) mappedBytes() int {
-	if _, gpu := m.backend.Device(); gpu {
+	if m.backend.GPU() {
 		return 0
 	}
 	bytes := 0

@@ -107,7 +107,7 @@ func describe(f *gguf.File, backend *ggml.Backend, layout Layout) (*loader, erro
 	}
 	tensors := shape.Layers*(2*int(modules)+7) + 6
 	m := &Model{Shape: shape, Layout: layout, backend: backend, blocks: fused{}, context: ggml.NewContext(tensors, 0), mapped: ggml.NewContext(tensors, 0), allocator: backend.NewAllocator()}
-	if _, gpu := backend.Device(); gpu {
+	if backend.GPU() {
 		m.blocks = newPlain(backend)
 	}
 	l := &loader{model: m}
@@ -169,7 +169,7 @@ func (l *loader) stored(name string, in, out int) (ggml.Tensor, error) {
 	if !ok || len(src.Shape) != 2 || src.Shape[0] != int64(in) || src.Shape[1] != int64(out) {
 		return ggml.Tensor{}, &UnsupportedError{name, fmt.Sprintf("expected a matrix of %d x %d", in, out)}
 	}
-	if _, gpu := m.backend.Device(); !gpu {
+	if !m.backend.GPU() {
 		return m.mapped.NewAt(ggml.Type(src.Type), m.file.Data(src), in, out), nil
 	}
 	t := m.context.New(ggml.Type(src.Type), in, out)
@@ -193,7 +193,7 @@ func (l *loader) matrix(name string, in, out int) linear {
 	if err != nil {
 		l.errs = append(l.errs, err)
 	} else if m.Forward != Stored || m.Backward != Stored {
-		if _, gpu := m.backend.Device(); gpu {
+		if m.backend.GPU() {
 			l.fills = append(l.fills, pair.uploads(m.file.Data(src), ggml.Type(src.Type))...)
 			return pair
 		}

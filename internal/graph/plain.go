@@ -16,7 +16,6 @@ import (
 // weights, everything.
 type plain struct {
 	backend *ggml.Backend
-	gpu     bool
 	masks   masks
 
 	// of the running step
@@ -30,16 +29,22 @@ type plain struct {
 	copySums    ggml.Tensor // float32 [copies, copied]: 1 where the copy is of the token
 	copied      ggml.Tensor // int32 [copied]
 
-	maskRows                   ggml.Tensor         // int32 [T, parts]: rows of the pool
-	labelRows, labelColumns    ggml.Tensor         // int32 [targets]: index of the label in its chunk's logits, and of its column
-	labelWeights, columnWeight ggml.Tensor         // float32, scaled: [targets], and their sums [1, positions]
-	picked                     ggml.Tensor         // what pick took from
-	dropped                    map[int]ggml.Tensor // x with dropout of each part's loraDown, which loraOuter takes again
+	maskRows                   ggml.Tensor              // int32 [T, parts]: rows of the pool
+	labelRows, labelColumns    ggml.Tensor              // int32 [targets]: index of the label in its chunk's logits, and of its column
+	labelWeights, columnWeight ggml.Tensor              // float32, scaled: [targets], and their sums [1, positions]
+	picked                     ggml.Tensor              // what pick took from
+	drops                      map[int]dropped          // of each part's loraDown, for its gradients
+	gathered                   map[ggml.Tensor]gathered // of the q of each attention
 }
 
+// dropped is x with dropout and the mask.
+type dropped struct{ x, mask ggml.Tensor }
+
+// gathered are the operands of an attention, by group.
+type gathered struct{ q, k, v ggml.Tensor }
+
 func newPlain(backend *ggml.Backend) *plain {
-	_, gpu := backend.Device()
-	return &plain{backend: backend, gpu: gpu}
+	return &plain{backend: backend}
 }
 
 // limits lets the head take about 256 MiB of logits at once.
@@ -69,7 +74,7 @@ func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), er
 	t, n := s.tokens, len(b.Targets)
 	h := s.Heads
 	g := group(b.Segments, maxBatch/h.KeyValue)
-	*p = plain{backend: p.backend, gpu: p.gpu, masks: p.masks, grouping: g, dropped: make(map[int]ggml.Tensor)}
+	*p = plain{backend: p.backend, masks: p.masks, grouping: g, drops: make(map[int]dropped), gathered: make(map[ggml.Tensor]gathered)}
 	p.mask = inputs.New(ggml.F32, g.keys, g.queries, 1, g.groups)
 	integers := func(values []int32) (ggml.Tensor, func()) {
 		tensor := inputs.New(ggml.I32, len(values))
@@ -173,13 +178,13 @@ func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tens
 }
 
 func (*plain) rmsNorm(s *step, x, gamma ggml.Tensor) ggml.Tensor {
-	return s.add(s.ctx.Mul(s.ctx.Norm(x, s.Epsilon), gamma))
+	return s.ctx.Mul(s.ctx.Norm(x, s.Epsilon), gamma) // added by what uses it, if anything does
 }
 
 // keepOnCPU keeps the memory of a node whose place the CPU's gradient operations may not take: they read it after they
 // have begun to write. Those of the other backends compute each element or row before they write it.
 func (p *plain) keepOnCPU(s *step, t ggml.Tensor) {
-	if !p.gpu {
+	if !p.backend.GPU() {
 		s.ctx.Keep(t)
 	}
 }
@@ -237,10 +242,12 @@ func (p *plain) probabilities(s *step, q, k ggml.Tensor) ggml.Tensor {
 // attention keeps the probabilities unless they take more memory than half of the other activations of a layer.
 func (p *plain) attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor) {
 	g, h := p.grouping, s.Heads
-	probabilities := p.probabilities(s, p.queries(s, q), p.keys(s, k))
+	operands := gathered{p.queries(s, q), p.keys(s, k), p.keys(s, v)}
+	p.gathered[q] = operands
+	probabilities := p.probabilities(s, operands.q, operands.k)
 	share := h.Query / h.KeyValue
 	flat := s.ctx.View(probabilities, 0, g.keys, g.queries*share, h.KeyValue*g.groups)
-	values := s.ctx.MulMat(s.ctx.Transpose(p.keys(s, v)), flat)
+	values := s.ctx.MulMat(s.ctx.Transpose(operands.v), flat)
 	out = s.ctx.GetRows(s.ctx.View(values, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
 	out = s.ctx.View(s.add(out), 0, h.Size*h.Query, s.tokens)
 	if g.keys*g.queries*g.groups*h.Query <= s.tokens*(s.Embedding+s.FeedForward) {
@@ -249,17 +256,18 @@ func (p *plain) attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor) 
 	return out, keep
 }
 
-func (p *plain) attentionBack(s *step, q, k, v, keep, dout ggml.Tensor) (dq, dk, dv ggml.Tensor) {
+func (p *plain) attentionBack(s *step, q, _, _, keep, dout ggml.Tensor) (dq, dk, dv ggml.Tensor) {
 	g, h := p.grouping, s.Heads
 	share := h.Query / h.KeyValue
 	batch := h.KeyValue * g.groups
-	queries, keys, douts := p.queries(s, q), p.keys(s, k), p.queries(s, dout)
+	operands := p.gathered[q]
+	queries, keys, douts := operands.q, operands.k, p.queries(s, dout)
 	if !keep.Valid() {
 		keep = p.probabilities(s, queries, keys)
 	}
 	flat := s.ctx.View(keep, 0, g.keys, g.queries*share, batch)
 	dv = s.add(s.ctx.MulMat(s.ctx.Transpose(douts), s.ctx.Transpose(flat)))
-	dprobabilities := s.ctx.Reshape(s.ctx.MulMat(p.keys(s, v), douts), g.keys, g.queries, h.Query, g.groups)
+	dprobabilities := s.ctx.Reshape(s.ctx.MulMat(operands.v, douts), g.keys, g.queries, h.Query, g.groups)
 	dscores := s.ctx.View(s.add(s.ctx.SoftMaxBack(dprobabilities, keep, p.softScale(s))), 0, g.keys, g.queries*share, batch)
 	dqueries := s.ctx.MulMat(s.ctx.Transpose(keys), dscores)
 	dq = s.ctx.GetRows(s.ctx.View(dqueries, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
@@ -280,46 +288,40 @@ func (p *plain) sumKeys(s *step, gradient ggml.Tensor) ggml.Tensor {
 	return s.add(s.ctx.SetRows(out, s.ctx.MulMat(s.ctx.Transpose(copies), p.copySums), p.copied))
 }
 
-// drops says whether the part has dropout, and finds its index.
-func (p *plain) drops(s *step, drop *Part) (index int, ok bool) {
+// index finds the part among those with dropout.
+func (p *plain) index(s *step, drop *Part) (int, bool) {
 	if drop == nil || !s.seeds.Valid() {
 		return 0, false
 	}
 	return slices.IndexFunc(s.lora.Parts, func(q Part) bool { return q.Layer == drop.Layer && q.Module == drop.Module }), true
 }
 
-// drop is x [in, T] with the part's dropout.
-func (p *plain) drop(s *step, x ggml.Tensor, drop *Part) ggml.Tensor {
-	index, ok := p.drops(s, drop)
-	if !ok {
-		return x
-	}
-	pool := p.masks.pool
-	width := pool.Size(0)
-	part := s.ctx.Strided(pool, 0, [4]int{drop.In, maskPool, 1, 1}, [3]int{width, width * maskPool, width * maskPool})
-	return s.ctx.Mul(x, s.ctx.GetRows(part, s.ctx.View(p.maskRows, index*s.tokens, s.tokens)))
-}
-
+// loraDown returns scale * w dropout(x): in both directions, whatever takes it wants it scaled once.
 func (p *plain) loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor {
-	x = p.drop(s, x, drop)
-	if index, ok := p.drops(s, drop); ok {
-		p.dropped[index] = x
+	if index, ok := p.index(s, drop); ok {
+		pool := p.masks.pool
+		width := pool.Size(0)
+		part := s.ctx.Strided(pool, 0, [4]int{drop.In, maskPool, 1, 1}, [3]int{width, width * maskPool, width * maskPool})
+		mask := s.ctx.GetRows(part, s.ctx.View(p.maskRows, index*s.tokens, s.tokens))
+		x = s.ctx.Mul(x, mask)
+		p.drops[index] = dropped{x, mask}
 	}
-	return s.add(s.ctx.MulMat(w, x))
+	return s.add(s.ctx.Scale(s.ctx.MulMat(w, x), float32(s.lora.Scale()), 0))
 }
 
 func (p *plain) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
-	z := s.ctx.MulMat(s.ctx.Transpose(w), s.ctx.Scale(u, float32(s.lora.Scale()), 0))
-	return s.add(s.ctx.Add(y, p.drop(s, z, drop)))
+	z := s.ctx.MulMat(s.ctx.Transpose(w), u)
+	if index, ok := p.index(s, drop); ok {
+		z = s.ctx.Mul(z, p.drops[index].mask)
+	}
+	return s.add(s.ctx.Add(y, z))
 }
 
 func (p *plain) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
-	if index, ok := p.drops(s, drop); ok {
-		x = p.dropped[index]
+	if index, ok := p.index(s, drop); ok {
+		x = p.drops[index].x
 	}
-	scaled := s.ctx.Scale(u, float32(s.lora.Scale()), 0)
-	outer := s.ctx.MulMat(s.ctx.Transpose(x), s.ctx.Transpose(scaled))
-	s.add(s.ctx.AddInPlace(gradient, outer))
+	s.add(s.ctx.AddInPlace(gradient, s.ctx.MulMat(s.ctx.Transpose(x), s.ctx.Transpose(u))))
 }
 
 func (p *plain) pick(s *step, x, index ggml.Tensor) ggml.Tensor {

@@ -27,13 +27,13 @@ func DeviceLowLayout() Layout { return Layout{Stored, ggml.IQ4NL} }
 // pickable is a matrix that the backend picks rows of: as it is in the file, unless a GPU has no kernel for the type.
 func (l *loader) pickable(name string, in, out int) (ggml.Tensor, error) {
 	m := l.model
-	_, gpu := m.backend.Device()
+	gpu := m.backend.GPU()
 	src, ok := m.file.Tensor(name)
 	if !gpu || !ok || len(src.Shape) != 2 || !slices.Contains([]gguf.Type{gguf.Q4K, gguf.Q5K, gguf.IQ4NL}, src.Type) {
 		return l.stored(name, in, out)
 	}
-	t := m.context.New(ggml.BF16, in, out)
-	l.fills = append(l.fills, uploadRows(t, ggml.BF16, m.file.Data(src), ggml.Type(src.Type), in, out)...)
+	t := m.context.New(ggml.F16, in, out)
+	l.fills = append(l.fills, uploadRows(t, ggml.F16, m.file.Data(src), ggml.Type(src.Type), in, out)...)
 	return t, nil
 }
 
