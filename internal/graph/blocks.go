@@ -38,7 +38,7 @@ type blocks interface {
 	attentionBack(s *step, q, k, v, keep, dout ggml.Tensor) (dq, dk, dv ggml.Tensor)
 
 	// loraDown is w dropout(x); loraUp returns y + scale dropout(w u), which may be computed in y's place; loraOuter adds
-	// scale * sum over tokens of u (outer) dropout(x) to gradient, in place. A part's dropout is that of its module.
+	// scale * sum over tokens of u (outer) dropout(x) to gradient, in place. A part's dropout is that of its module. plain scales in loraDown instead, once for both of its uses.
 	loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor
 	loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor
 	loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part)

@@ -165,6 +165,9 @@ func (*plain) input(_ *step, _ weight, x ggml.Tensor) input { return input{x, x.
 
 func (*plain) hold(_ *step, w weight) weight { return w }
 
+// Sums are added to the graph by what uses them, so that those of several terms stand one after the other: CUDA computes
+// them at once, if the earlier sum is the first operand.
+
 func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
 	y := s.ctx.MulMat(w.t, x.t)
 	if w.forward {
@@ -172,7 +175,7 @@ func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tens
 	}
 	s.add(y)
 	if residual.Valid() {
-		y = s.add(s.ctx.Add(y, residual))
+		y = s.ctx.Add(residual, y)
 	}
 	return y
 }
@@ -314,7 +317,7 @@ func (p *plain) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
 	if index, ok := p.index(s, drop); ok {
 		z = s.ctx.Mul(z, p.drops[index].mask)
 	}
-	return s.add(s.ctx.Add(y, z))
+	return s.ctx.Add(y, s.add(z))
 }
 
 func (p *plain) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
