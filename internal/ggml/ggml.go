@@ -473,6 +473,14 @@ func (a *Allocator) Free() {
 // Size is the memory held, in bytes.
 func (a *Allocator) Size() int { return int(C.ggml_gallocr_get_buffer_size(a.c, 0)) }
 
+// Reserve holds as much memory as the graph needs. It returns ErrMemory.
+func (a *Allocator) Reserve(g *Graph) error {
+	if !bool(C.ggml_gallocr_reserve(a.c, g.c)) {
+		return fmt.Errorf("reserve memory for a graph of %d nodes: %w", g.Nodes(), ErrMemory)
+	}
+	return nil
+}
+
 // Compute gives the graph memory and computes every node. It returns ErrMemory, ErrAborted, or an *engine.Error; an
 // operation that the backend lacks is an error before anything runs.
 func (b *Backend) Compute(g *Graph, a *Allocator) error {

@@ -49,6 +49,18 @@ func Estimate(f *gguf.File, backend *ggml.Backend, layout Layout, o LoRAOptions,
 	return result, nil
 }
 
+// Reserve gives the activations the memory that Gradients of the micro-batch needs, so that no larger micro-batch than
+// those before makes the allocator start over: new memory costs a page fault for each 4 KiB. It returns ggml.ErrMemory.
+func (m *Model) Reserve(b engine.Batch, lora *LoRA) error {
+	s, err := m.newStep(b, lora, true, 1, false)
+	if err != nil {
+		return err
+	}
+	defer s.free()
+	s.build()
+	return m.allocator.Reserve(s.graph)
+}
+
 // mappedBytes is the size of the tensors that stay in the file.
 func (m *Model) mappedBytes() int {
 	if m.backend.GPU() {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
@@ -166,7 +167,7 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 	if err != nil {
 		return child.MemoryPlan{}, err
 	}
-	m, err := graph.Estimate(file, t.backend, layout, options, s.recompute, graph.WorstBatch(tokens, min(tokens, t.data.Longest), tokens))
+	m, err := graph.Estimate(file, t.backend, layout, options, s.recompute, t.worstBatch(tokens))
 	if err != nil {
 		var unsupported *graph.UnsupportedError
 		if errors.As(err, &unsupported) {
@@ -191,6 +192,23 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 	}
 	p.TotalBytes = p.WeightBytes + p.AdapterBytes + p.ActivationBytes + p.OverheadBytes
 	return p, nil
+}
+
+// reserve takes the memory of the largest micro-batch at once. Where that fails, the micro-batches themselves find out
+// what there is.
+func (t *trainer) reserve() error {
+	tokens, err := t.largestMicro(t.plan.Memory.MicroBatchTokens)
+	if err != nil {
+		return err
+	}
+	if err := t.model.Reserve(t.worstBatch(tokens), t.lora); err != nil && !errors.Is(err, ggml.ErrMemory) {
+		return err
+	}
+	return nil
+}
+
+func (t *trainer) worstBatch(tokens int) engine.Batch {
+	return graph.WorstBatch(tokens, min(tokens, t.data.Longest), tokens)
 }
 
 // largestMicro is the most tokens of a micro-batch in a sample of the first epoch's steps, taken evenly: small steps of

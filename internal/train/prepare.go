@@ -198,6 +198,9 @@ func (t *trainer) load(ctx context.Context, file *gguf.File, start *lora.Weights
 	if t.lora, err = t.model.NewLoRA(options); err != nil {
 		return err
 	}
+	if err := t.reserve(); err != nil {
+		return err
+	}
 	t.moments = newMoments(len(t.lora.Parameters))
 	t.compute = func(m dataset.Micro) (engine.Result, error) { return t.model.Gradients(m.Batch, t.lora, 1) }
 	if start != nil {
