@@ -72,7 +72,7 @@ func runProcess(t *testing.T, config child.TrainerConfig, killAfter float64) (ev
 		t.Fatal(err)
 	}
 	reported, last := 0, began
-	kill(0, 200*time.Millisecond) // while it reads the model and the data
+	kill(0, 50*time.Millisecond) // while it reads the model and the data
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		var e child.TrainerEvent
 		if json.Unmarshal(lines.Bytes(), &e) != nil {
@@ -81,7 +81,7 @@ func runProcess(t *testing.T, config child.TrainerConfig, killAfter float64) (ev
 		events = append(events, e)
 		if e.Type == child.EventStep {
 			reported++
-			kill(reported, time.Since(last))
+			kill(reported, min(time.Since(last), 20*time.Millisecond)) // the first step was reported long after the start
 			last = time.Now()
 		}
 	}
