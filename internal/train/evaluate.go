@@ -73,7 +73,7 @@ func (t *trainer) answers(ctx context.Context, examples []dataset.Example, adapt
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		t.yield()
+		t.yield(ctx)
 		r, err := t.model.Evaluate(m.Batch, adapter)
 		if err != nil {
 			return nil, err

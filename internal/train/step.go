@@ -174,7 +174,7 @@ func (t *trainer) accumulate(ctx context.Context, w work) (scores, error) {
 			return total, context.Cause(ctx)
 		}
 		t.beginMicro(m.Tokens)
-		t.yield()
+		t.yield(ctx)
 		// The sum of the losses and not their mean: small gradients stay far from the smallest numbers of the types.
 		r, err := t.compute(m)
 		if err != nil {

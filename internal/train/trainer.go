@@ -125,7 +125,9 @@ type trainer struct {
 	metric     *float64 // of the evaluation at step evaluated
 	progress   progress
 	spent      spent
-	neighbours neighbours
+	neighbours load      // of all other processes
+	runners    load      // of the server that started this one
+	worked     time.Time // when the last micro-batch began
 }
 
 // position is how far a job has come: with the plan and the arrays, all that a resume state holds.

@@ -7,37 +7,34 @@ import (
 	"time"
 )
 
-// What other processes use is told apart from what this one uses.
-func TestLoadOfOthers(t *testing.T) {
-	spin := func(d time.Duration) {
-		for end := time.Now().Add(d); time.Now().Before(end); {
-		}
-	}
-	var l neighbours
-	if _, ok := l.cores(); ok {
+// A busy child is seen among all other processes and among the children, and what this process uses is not.
+func TestLoad(t *testing.T) {
+	others := load{used: othersUsed}
+	children := load{used: func() (time.Duration, error) { return childrenUsed(os.Getpid(), 0) }}
+	if others.busy() || children.busy() {
 		t.Error("an average since nothing")
 	}
-	if _, ok := l.cores(); ok {
-		t.Error("an average over no time")
+	for end := time.Now().Add(400 * time.Millisecond); time.Now().Before(end); {
 	}
-	spin(400 * time.Millisecond)
-	before, ok := l.cores()
-	if !ok {
-		t.Fatal("no average after 400 ms")
+	if children.busy() {
+		t.Error("what this process uses is taken for a child's")
 	}
-	busy := exec.CommandContext(t.Context(), "sh", "-c", "while :; do :; done")
-	busy.Env = os.Environ()
-	if err := busy.Start(); err != nil {
+	child := exec.CommandContext(t.Context(), "sh", "-c", "while :; do :; done")
+	if err := child.Start(); err != nil {
 		t.Fatal(err)
 	}
+	_, _ = others.busy(), children.busy() // the averages start here
 	time.Sleep(600 * time.Millisecond)
-	during, _ := l.cores()
-	if err := busy.Process.Kill(); err != nil {
+	_, _ = others.busy(), children.busy()
+	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	_ = busy.Wait() // it was killed
+	_ = child.Wait() // it was killed
 	// On a machine with other load, the busy process takes its share of that.
-	if !(during > 0.1) {
-		t.Errorf("%.2f cores used by others beside a busy process, %.2f without", during, before)
+	if !(others.cores > 0.1) || !(children.cores > 0.1) {
+		t.Errorf("%.2f cores used by others beside a busy process, %.2f by children", others.cores, children.cores)
+	}
+	if used, err := childrenUsed(os.Getpid(), 0); err != nil || used != 0 {
+		t.Errorf("without children, %v is used, %v", used, err)
 	}
 }
