@@ -52,7 +52,7 @@ var help = map[string]string{
 	"max_length":                  "longest row in tokens (auto: the model's context, at most 2048)",
 	"long_rows":                   "what to do with longer rows: drop, or truncate the left of the prompt; an answer is never cut (auto: drop)",
 	"train_on_all":                "learn every token, not only what the assistant says (auto: false)",
-	"prefix_sharing":              "compute the beginning that rows share once (auto: where it saves 10% of the tokens)",
+	"prefix_sharing":              "compute the beginning that rows share once (auto: where it saves 10% of the tokens and there is no dropout)",
 	"question_template":           "wording of a question, which is recorded for hone predict",
 	"choices":                     "the possible last answers, 2 to 64: loss and accuracy are restricted to them",
 	"beta":                        "DPO's beta, above 0 to 2 (auto: 0.1)",

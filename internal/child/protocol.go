@@ -170,7 +170,7 @@ type TrainOptions struct {
 	MaxLength        *int    `json:"max_length,omitempty"`        // tokens; auto: min(model context, 2048)
 	LongRows         *string `json:"long_rows,omitempty"`         // rows over max_length: "drop" (auto), or "truncate" from the left of the prompt; an answer is never cut
 	TrainOnAll       *bool   `json:"train_on_all,omitempty"`      // loss on every token instead of the assistant's
-	PrefixSharing    *bool   `json:"prefix_sharing,omitempty"`    // auto: when it saves 10% of the tokens
+	PrefixSharing    *bool   `json:"prefix_sharing,omitempty"`    // auto: when it saves 10% of the tokens and there is no dropout
 	QuestionTemplate *string `json:"question_template,omitempty"` // recorded in the adapter's manifest, for `hone predict`
 
 	// Objective. Choices restricts loss and accuracy to these answers: every row's last answer must be one of them.

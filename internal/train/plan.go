@@ -88,7 +88,7 @@ type facts struct {
 //	save_strategy           epoch, or as eval_strategy with load_best_model_at_end; 3 checkpoints are kept, the best one among them
 //	logging_steps           1
 //	metric_for_best_model   loss
-//	prefix_sharing          where it saves a tenth of the tokens (trainer.sharePrefixes)
+//	prefix_sharing          where it saves a tenth of the tokens and there is no dropout (trainer.sharePrefixes)
 //	device                  the GPU with the most free memory, if the job fits into it, else the CPU
 //	memory                  exact, or what else fits into the free memory, with a warning (settings); on a GPU never low
 //	micro_batch_tokens      1,024; 4,096 on a GPU; less with a warning where memory is short

@@ -150,7 +150,8 @@ func (t *trainer) sharePrefixes(decide bool) error {
 			return err
 		}
 		if decide {
-			t.plan.PrefixSharing = wanted != nil || shared >= minSharedTokens
+			// With dropout, rows that share a beginning share its masks, which slows learning down (RATIONALE.md).
+			t.plan.PrefixSharing = wanted != nil || shared >= minSharedTokens && t.plan.LoraDropout == 0
 		}
 	}
 	e := child.TrainerEvent{
