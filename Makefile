@@ -25,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
-demo: build model ## the whole story on this machine: base accuracy, fine-tuning, tuned accuracy (about 8 minutes)
+demo: build model ## the whole story on this machine: base accuracy, fine-tuning, tuned accuracy (about 4 minutes)
 	@exec bin/hone demo
 
 .PHONY: demo-check
