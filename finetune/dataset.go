@@ -47,7 +47,7 @@ func (e *datasetError) add(line int, format string, args ...any) {
 // blank lines are accepted.
 func validateDataset(ctx context.Context, r io.Reader, method string) (rows int, err error) {
 	problems := &datasetError{}
-	first, firstLine := "", 0 // kind and line of the first row
+	first, firstLine := wire.RowKind(""), 0 // kind and line of the first row
 	lines := bufio.NewReaderSize(r, 64<<10)
 	for number := 1; ; number++ {
 		if number%256 == 0 && ctx.Err() != nil {
@@ -162,18 +162,6 @@ type conversation struct {
 	ParallelToolCalls *bool              `json:"parallel_tool_calls"`
 }
 
-// The kinds of rows, as messages name them. All rows of a file are of one kind. internal/dataset, which reads them again in the
-// trainer, has the same.
-const (
-	chatRow       = `{"messages": [...]}`
-	completionRow = `{"prompt": "...", "completion": "..."}`
-	chatAnswerRow = `{"prompt": [messages], "completion": [messages]}`
-	textRow       = `{"text": "..."}`
-	openAIPair    = `{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}` // of method dpo, as the next two
-	textPair      = `{"prompt": "...", "chosen": "...", "rejected": "..."}`
-	chatPair      = `{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`
-)
-
 // expectedRows says what a line of a training file may be.
 func expectedRows(method string) string {
 	if method == DPO {
@@ -183,14 +171,14 @@ func expectedRows(method string) string {
 }
 
 // validateRow returns the kind of one line, and says what is wrong with it for a job of this method, or nil.
-func validateRow(line []byte, method string) (kind string, err error) {
+func validateRow(line []byte, method string) (kind wire.RowKind, err error) {
 	var row trainingRow
 	if err := json.Unmarshal(line, &row); err != nil {
 		return "", jsonError(err, expectedRows(method))
 	}
 	kind, err = row.check(method)
-	if pair := kind == openAIPair || kind == textPair || kind == chatPair; kind != "" && pair != (method == DPO) {
-		if pair {
+	if kind != "" && kind.Pairs() != (method == DPO) {
+		if kind.Pairs() {
 			return kind, fmt.Errorf("a row %s is of method dpo, and the job is %s; %s", kind, method, expectedRows(method))
 		}
 		return kind, fmt.Errorf("a row %s has no two answers to compare, and the job is dpo; %s", kind, expectedRows(method))
@@ -206,18 +194,18 @@ func isList(raw json.RawMessage) bool  { return len(raw) > 0 && raw[0] == '[' }
 
 // check returns the row's kind, and what is wrong with it. It goes from the keys that mean one thing only to those that
 // other kinds of rows have beside theirs; keys that no kind has are the author's own. The kind of a row without any is "".
-func (r *trainingRow) check(method string) (kind string, err error) {
+func (r *trainingRow) check(method string) (kind wire.RowKind, err error) {
 	switch {
 	case r.Input != nil || present(r.Preferred) || present(r.NonPreferred):
-		return openAIPair, r.checkOpenAIPair()
+		return wire.OutputPairs, r.checkOpenAIPair()
 	case present(r.Chosen) || present(r.Rejected):
 		return r.checkTRLPair()
 	case r.Messages != nil:
-		return chatRow, r.conversation.check()
+		return wire.ChatRows, r.conversation.check()
 	case present(r.Completion) || present(r.Prompt) && method == Supervised:
 		return r.checkCompletion()
 	case present(r.Text):
-		return textRow, checkText("text", r.Text)
+		return wire.TextRows, checkText("text", r.Text)
 	}
 	return "", nil
 }
@@ -237,41 +225,41 @@ func (r *trainingRow) checkOpenAIPair() error {
 	)
 }
 
-func (r *trainingRow) checkTRLPair() (kind string, err error) {
+func (r *trainingRow) checkTRLPair() (kind wire.RowKind, err error) {
 	switch {
 	case !present(r.Chosen):
-		return textPair, errors.New(`no "chosen"; expected the better answer`)
+		return wire.TextPairs, errors.New(`no "chosen"; expected the better answer`)
 	case !present(r.Rejected):
-		return textPair, errors.New(`no "rejected"; expected the other answer`)
+		return wire.TextPairs, errors.New(`no "rejected"; expected the other answer`)
 	case !isList(r.Chosen) && !isList(r.Rejected):
 		if !present(r.Prompt) {
-			return textPair, errors.New(`no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`)
+			return wire.TextPairs, errors.New(`no "prompt"; expected it beside "chosen" and "rejected": what both answers follow`)
 		}
-		return textPair, checkTexts(r.Prompt, []string{"chosen", "rejected"}, r.Chosen, r.Rejected)
+		return wire.TextPairs, checkTexts(r.Prompt, []string{"chosen", "rejected"}, r.Chosen, r.Rejected)
 	case !isList(r.Prompt):
-		return chatPair, r.conversation.checkWhole(r.Chosen, r.Rejected)
+		return wire.ChatPairs, r.conversation.checkWhole(r.Chosen, r.Rejected)
 	}
 	c := r.conversation
 	if err := json.Unmarshal(r.Prompt, &c.Messages); err != nil {
-		return chatPair, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages"))
+		return wire.ChatPairs, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages"))
 	}
-	return chatPair, cmp.Or(c.checkAnswer("prompt", "chosen", r.Chosen, true), c.checkAnswer("prompt", "rejected", r.Rejected, true))
+	return wire.ChatPairs, cmp.Or(c.checkAnswer("prompt", "chosen", r.Chosen, true), c.checkAnswer("prompt", "rejected", r.Rejected, true))
 }
 
-func (r *trainingRow) checkCompletion() (kind string, err error) {
+func (r *trainingRow) checkCompletion() (kind wire.RowKind, err error) {
 	switch {
 	case !present(r.Prompt):
-		return completionRow, errors.New(`no "prompt"; expected it beside "completion": a text, which may be empty, or messages`)
+		return wire.CompletionRows, errors.New(`no "prompt"; expected it beside "completion": a text, which may be empty, or messages`)
 	case !present(r.Completion):
-		return completionRow, errors.New(`no "completion"; expected it beside "prompt": a text or messages`)
+		return wire.CompletionRows, errors.New(`no "completion"; expected it beside "prompt": a text or messages`)
 	case !isList(r.Prompt) && !isList(r.Completion):
-		return completionRow, checkTexts(r.Prompt, []string{"completion"}, r.Completion)
+		return wire.CompletionRows, checkTexts(r.Prompt, []string{"completion"}, r.Completion)
 	}
 	c := r.conversation
 	if err := json.Unmarshal(r.Prompt, &c.Messages); err != nil {
-		return chatAnswerRow, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages, as the completion is one"))
+		return wire.ChatCompletionRows, fmt.Errorf("prompt: %w", jsonError(err, "expected a list of messages, as the completion is one"))
 	}
-	return chatAnswerRow, c.checkAnswer("prompt", "completion", r.Completion, false)
+	return wire.ChatCompletionRows, c.checkAnswer("prompt", "completion", r.Completion, false)
 }
 
 // checkTexts checks a prompt, which may be empty, and the answers to it, which may not.

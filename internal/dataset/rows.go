@@ -13,37 +13,6 @@ import (
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// format is what the rows of a file look like.
-type format int
-
-const (
-	unknown format = iota
-	chatRows
-	completionRows
-	chatCompletionRows
-	textRows
-	outputPairs
-	textPairs
-	chatPairs
-)
-
-// String shows a row of the format.
-func (f format) String() string {
-	return [...]string{
-		unknown:            "of no known kind",
-		chatRows:           `{"messages": [...]}`,
-		completionRows:     `{"prompt": "...", "completion": "..."}`,
-		chatCompletionRows: `{"prompt": [messages], "completion": [messages]}`,
-		textRows:           `{"text": "..."}`,
-		outputPairs:        `{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}`,
-		textPairs:          `{"prompt": "...", "chosen": "...", "rejected": "..."}`,
-		chatPairs:          `{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`,
-	}[f]
-}
-
-// pairs tells whether each row has two answers.
-func (f format) pairs() bool { return f == outputPairs || f == textPairs || f == chatPairs }
-
 // conversation is the part of a row that holds messages, and the part that a prompt of messages has beside it.
 type conversation struct {
 	Messages          json.RawMessage `json:"messages"`
@@ -52,7 +21,7 @@ type conversation struct {
 	ParallelToolCalls json.RawMessage `json:"parallel_tool_calls"` // says how the API answers; no template writes it
 }
 
-// row is a line of any format. Keys that are not here are the author's own and ignored.
+// row is a line of any kind. Keys that are not here are the author's own and ignored.
 type row struct {
 	conversation
 	Prompt       json.RawMessage `json:"prompt"`
@@ -68,32 +37,32 @@ type row struct {
 func present(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
 func isList(raw json.RawMessage) bool  { return len(raw) > 0 && raw[0] == '[' }
 
-// format goes from the keys that mean one thing only to those that other kinds of rows have beside theirs.
-func (r *row) format() format {
+// kind goes from the keys that mean one thing only to those that other kinds of rows have beside theirs.
+func (r *row) kind() wire.RowKind {
 	switch {
 	case r.Input != nil || present(r.Preferred) || present(r.NonPreferred):
-		return outputPairs
+		return wire.OutputPairs
 	case present(r.Chosen) || present(r.Rejected):
 		if isList(r.Chosen) || isList(r.Rejected) {
-			return chatPairs
+			return wire.ChatPairs
 		}
-		return textPairs
+		return wire.TextPairs
 	case present(r.Messages):
-		return chatRows
+		return wire.ChatRows
 	case present(r.Completion):
 		if isList(r.Prompt) || isList(r.Completion) {
-			return chatCompletionRows
+			return wire.ChatCompletionRows
 		}
-		return completionRows
+		return wire.CompletionRows
 	case present(r.Text):
-		return textRows
+		return wire.TextRows
 	}
-	return unknown
+	return ""
 }
 
 // parsed is a line's examples, not yet fitted to the maximum length, and what is remembered of it.
 type parsed struct {
-	format   format
+	kind     wire.RowKind
 	examples []Example
 	system   string // the system message that it begins with
 	answer   string // its last answer, if answered
@@ -113,22 +82,22 @@ func (o Options) parse(ctx context.Context, b *prompt.Builder, line []byte) (par
 	if err := json.Unmarshal(line, &r); err != nil {
 		return p, fmt.Errorf("not a JSON object with the fields of a row: %w", err)
 	}
-	p.format = r.format()
+	p.kind = r.kind()
 	switch {
-	case p.format == unknown:
-		return p, fmt.Errorf("expected one of %v, %v, %v, or rows with two answers, %v or %v", chatRows, completionRows, textRows, outputPairs, textPairs)
-	case o.DPO && !p.format.pairs():
-		return p, fmt.Errorf("a %v row has one answer; a preference job (DPO) expects %v or %v", p.format, outputPairs, textPairs)
-	case !o.DPO && p.format.pairs():
-		return p, fmt.Errorf("a %v row has two answers, for a job whose method is dpo; supervised tuning expects %v, %v or %v", p.format, chatRows, completionRows, textRows)
-	case len(o.Choices) > 0 && p.format == textRows:
-		return p, fmt.Errorf("a %v row has no answer that could be one of the choices; expected %v or %v", textRows, chatRows, completionRows)
+	case p.kind == "":
+		return p, fmt.Errorf("expected one of %v, %v, %v, or rows with two answers, %v or %v", wire.ChatRows, wire.CompletionRows, wire.TextRows, wire.OutputPairs, wire.TextPairs)
+	case o.DPO && !p.kind.Pairs():
+		return p, fmt.Errorf("a %v row has one answer; a preference job (DPO) expects %v or %v", p.kind, wire.OutputPairs, wire.TextPairs)
+	case !o.DPO && p.kind.Pairs():
+		return p, fmt.Errorf("a %v row has two answers, for a job whose method is dpo; supervised tuning expects %v, %v or %v", p.kind, wire.ChatRows, wire.CompletionRows, wire.TextRows)
+	case len(o.Choices) > 0 && p.kind == wire.TextRows:
+		return p, fmt.Errorf("a %v row has no answer that could be one of the choices; expected %v or %v", wire.TextRows, wire.ChatRows, wire.CompletionRows)
 	}
 	var err error
-	switch p.format {
-	case chatRows:
+	switch p.kind {
+	case wire.ChatRows:
 		err = o.parseChat(ctx, b, &p, r.conversation, nil)
-	case chatCompletionRows:
+	case wire.ChatCompletionRows:
 		completion, parseErr := messages("completion", r.Completion)
 		if parseErr == nil && len(completion) == 0 {
 			parseErr = errors.New("completion: expected at least one message")
@@ -139,9 +108,9 @@ func (o Options) parse(ctx context.Context, b *prompt.Builder, line []byte) (par
 		c := r.conversation
 		c.Messages = r.Prompt
 		err = o.parseChat(ctx, b, &p, c, completion)
-	case completionRows:
+	case wire.CompletionRows:
 		err = o.parseCompletion(b, &p, r)
-	case textRows:
+	case wire.TextRows:
 		var text string
 		if text, err = texts("text", r.Text); err == nil && text == "" {
 			err = errors.New("text is empty")
@@ -151,9 +120,9 @@ func (o Options) parse(ctx context.Context, b *prompt.Builder, line []byte) (par
 			row, err = b.PlainText(text)
 			p.examples = []Example{{Candidates: []prompt.Row{row}, Tokens: len(row.Tokens)}}
 		}
-	case outputPairs, chatPairs:
+	case wire.OutputPairs, wire.ChatPairs:
 		err = o.parsePair(ctx, b, &p, r)
-	case textPairs:
+	case wire.TextPairs:
 		var before, chosen, rejected string
 		var rows []prompt.Row
 		before, err = texts("prompt", r.Prompt)
@@ -169,7 +138,7 @@ func (o Options) parse(ctx context.Context, b *prompt.Builder, line []byte) (par
 		p.pair(rows)
 	}
 	if errors.Is(err, prompt.ErrNoTemplate) {
-		err = fmt.Errorf("the model has no chat template, which %v rows need: write %v rows, or put the model's chat_template.jinja into its directory", p.format, completionRows)
+		err = fmt.Errorf("the model has no chat template, which %v rows need: write %v rows, or put the model's chat_template.jinja into its directory", p.kind, wire.CompletionRows)
 	}
 	for _, e := range p.examples {
 		for _, c := range e.Candidates {
@@ -268,9 +237,9 @@ func (o Options) choose(p *parsed, answer string, candidates func() ([]prompt.Ro
 func (o Options) parsePair(ctx context.Context, b *prompt.Builder, p *parsed, r row) error {
 	c, field, names := r.conversation, "prompt", [2]string{"chosen", "rejected"}
 	outputs := [2]json.RawMessage{r.Chosen, r.Rejected}
-	if p.format == outputPairs {
+	if p.kind == wire.OutputPairs {
 		if r.Input == nil {
-			return errors.New(`no "input"; expected ` + outputPairs.String())
+			return errors.New(`no "input"; expected ` + string(wire.OutputPairs))
 		}
 		c, field = *r.Input, "input.messages"
 		names, outputs = [2]string{"preferred_output", "non_preferred_output"}, [2]json.RawMessage{r.Preferred, r.NonPreferred}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hone-llm/hone/internal/prompt"
+	"github.com/hone-llm/hone/internal/wire"
 )
 
 const (
@@ -135,8 +136,8 @@ func (o Options) tokenize(ctx context.Context, builder *prompt.Builder, b batch)
 		var err error
 		if l.parsed, err = o.parse(ctx, builder, line); err != nil {
 			done.line, done.err = l.number, err
-			// The line is passed on too: that it is of another format than the first explains more than what follows from that.
-			done.lines = append(done.lines, workedLine{parsed: parsed{format: l.format}, number: l.number})
+			// The line is passed on too: that it is of another kind than the first explains more than what follows from that.
+			done.lines = append(done.lines, workedLine{parsed: parsed{kind: l.kind}, number: l.number})
 			return done
 		}
 		for _, e := range l.examples {
@@ -162,7 +163,7 @@ func (o Options) tokenize(ctx context.Context, builder *prompt.Builder, b batch)
 // collect writes the batches in order and adds up what they hold.
 func collect(ctx context.Context, order <-chan batch, o Options, w *writer) error {
 	s := &w.summary
-	var form format
+	var kind wire.RowKind
 	rows, oneSystem, answers := 0, true, make(map[string]bool)
 	for b := range order {
 		var done worked
@@ -172,11 +173,11 @@ func collect(ctx context.Context, order <-chan batch, o Options, w *writer) erro
 			return ctx.Err()
 		}
 		for _, l := range done.lines {
-			if form == unknown {
-				form = l.format
+			if kind == "" {
+				kind = l.kind
 			}
-			if l.format != form && l.format != unknown {
-				return &LineError{l.number, fmt.Sprintf("a %v row, but the first row of the file is %v; expected all rows to be of one kind", l.format, form)}
+			if l.kind != kind && l.kind != "" {
+				return &LineError{l.number, fmt.Sprintf("a %v row, but the first row of the file is %v; expected all rows to be of one kind", l.kind, kind)}
 			}
 			if l.number == done.line {
 				break
