@@ -496,8 +496,11 @@ func (b *Backend) prepare(g *Graph, a *Allocator) error {
 			return fmt.Errorf("a graph of %d nodes takes %d bytes, at most %d are allowed: %w", g.Nodes(), size, a.Limit, ErrMemory)
 		}
 	}
-	// Without reserve, a plan made for another graph of as many nodes would be taken for this one.
-	if !bool(C.ggml_gallocr_reserve(a.c, g.c)) || !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
+	// Without it, a plan made for another graph of as many nodes would be taken for this one.
+	if err := a.Reserve(g); err != nil {
+		return err
+	}
+	if !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
 		return fmt.Errorf("allocate a graph of %d nodes: %w", g.Nodes(), ErrMemory)
 	}
 	for i := range g.Nodes() {
