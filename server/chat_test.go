@@ -65,7 +65,7 @@ func TestGuidedChoice(t *testing.T) {
 	if resp.Choices[0].Message.Content != "B" || len(resp.Choices[0].LogProbs.Content) != 1 {
 		t.Errorf("answer %+v", resp.Choices[0])
 	}
-	if req, _ := r.echo.last(); req.Temperature != 0 || req.Stop != nil || req.MaxTokens != 5 || !slices.Equal(req.Choices, []string{"B", "A"}) {
+	if req, _ := r.echo.last(); req.Temperature != 0 || req.Stop != nil || req.MaxTokens != 5 || !slices.Equal(req.Constraint.Choices, []string{"B", "A"}) {
 		t.Errorf("request %+v, want it greedy", req)
 	}
 	request.Temperature = 0.5

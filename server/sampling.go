@@ -72,7 +72,7 @@ func (f sampling) apply(req *child.GenerateRequest) error {
 	if err := checkChoices(f.choices, f.stop); err != nil {
 		return err
 	}
-	req.Choices = f.choices
+	req.Constraint = &child.Constraint{Kind: child.ConstraintChoice, Choices: f.choices}
 	req.Stop = nil // it is in none of the choices, so it cannot occur
 	if f.temperature == nil {
 		// Clients that mean 0 may be unable to send it, and the likeliest choice is what is asked for.

@@ -56,8 +56,8 @@ func (e *echo) Generate(ctx context.Context, base child.Base, req child.Generate
 		prompt = req.Messages[len(req.Messages)-1].Content
 	}
 	words := strings.Fields(prompt)
-	if req.Choices != nil {
-		words = req.Choices[:1]
+	if choicesOf(req) != nil {
+		words = choicesOf(req)[:1]
 	}
 	finish := "stop"
 	if req.MaxTokens > 0 && len(words) > req.MaxTokens {
@@ -470,4 +470,11 @@ func TestFileLimit(t *testing.T) {
 			t.Errorf("%d bytes under a limit of 10: read %d, %v", size, len(data), err)
 		}
 	}
+}
+
+func choicesOf(req child.GenerateRequest) []string {
+	if req.Constraint == nil {
+		return nil
+	}
+	return req.Constraint.Choices
 }

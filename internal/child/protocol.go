@@ -4,13 +4,16 @@
 // A child is this same binary with the hidden command `runner` or `trainer`. Its first line of standard input is a
 // JSON configuration (RunnerConfig, TrainerConfig); the pipe then stays open, and its end tells the child that the
 // parent is gone. Standard output carries one JSON object a line (RunnerEvent, TrainerEvent); standard error is the log.
-// The runner also serves HTTP on a unix socket: POST /generate with a GenerateRequest answers NDJSON GenerateEvents.
+// The runner also serves HTTP on a unix socket: POST /generate with a GenerateRequest answers NDJSON GenerateEvents,
+// POST /embed and POST /tokenize one JSON object.
 package child
 
 import (
+	"encoding/json"
 	"fmt"
 	"path/filepath"
 
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
@@ -22,6 +25,13 @@ type RunnerConfig struct {
 	Sequences     int    `json:"sequences"`        // sequences decoded in one batch; 0 means 8
 	Threads       int    `json:"threads"`          // 0 means all cores
 	Device        string `json:"device,omitempty"` // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
+
+	CacheTokens  int    `json:"cache_tokens,omitempty"`  // cells of the key-value cache; 0: by Sequences and ContextTokens
+	CacheType    string `json:"cache_type,omitempty"`    // f16 ("" too), q8_0
+	Engine       string `json:"engine,omitempty"`        // auto ("" too): hone's own where it can; own, llama
+	Queue        int    `json:"queue,omitempty"`         // requests that may wait; 0 means 256
+	AdapterBytes int64  `json:"adapter_bytes,omitempty"` // of idle adapters kept in memory; 0 means 256 MiB
+	MemoryBytes  int64  `json:"memory_bytes,omitempty"`  // budget that the server granted; 0: none
 }
 
 // RunnerEvent is one line of a runner's standard output. The first is ready or failed.
@@ -37,33 +47,140 @@ type Adapter struct {
 	Path string `json:"path"` // adapter.gguf
 }
 
-// GenerateRequest asks the runner for one completion. Exactly one of Messages and Prompt is set.
+// GenerateRequest asks the runner for N completions of one prompt. Exactly one of Messages, Prompt and PromptTokens is set.
 type GenerateRequest struct {
-	ID          string         `json:"id"`
-	Adapter     *Adapter       `json:"adapter,omitempty"`
-	Messages    []wire.Message `json:"messages,omitempty"`
-	Prompt      *string        `json:"prompt,omitempty"` // plain completion: no template
-	MaxTokens   int            `json:"max_tokens"`       // 0: until the context is full
-	Temperature float64        `json:"temperature"`      // 0 is greedy
-	TopP        float64        `json:"top_p"`            // 1 keeps all
-	Seed        *int64         `json:"seed,omitempty"`
-	Stop        []string       `json:"stop,omitempty"`
-	LogProbs    bool           `json:"logprobs,omitempty"`
-	TopLogProbs int            `json:"top_logprobs,omitempty"`
-	// Choices constrains the completion to be exactly one of these strings. Each token is chosen, greedily or by
-	// Temperature, among those that go on with a choice as the tokenizer writes it, and its log-probability is renormalised over
-	// them. So the greedy answer is the likeliest choice where each is one token (A, B, C, D);
-	// of longer ones, it is the one that the likeliest token leads to at each position, which is not always the likeliest.
-	Choices []string `json:"choices,omitempty"`
+	ID           string         `json:"id"`
+	Client       string         `json:"client,omitempty"` // whose request it is, for fair queueing: a key's name, or "" for all others
+	Adapter      *Adapter       `json:"adapter,omitempty"`
+	Messages     []wire.Message `json:"messages,omitempty"`
+	Prompt       *string        `json:"prompt,omitempty"`        // plain completion: no template
+	PromptTokens []engine.Token `json:"prompt_tokens,omitempty"` // the same as token ids
+
+	// Of Messages.
+	Tools                json.RawMessage `json:"tools,omitempty"`           // OpenAI's array, checked by the server
+	ToolChoice           ToolChoice      `json:"tool_choice,omitzero"`      // none ("" without tools), auto, required, function
+	ParallelToolCalls    bool            `json:"parallel_tool_calls"`       // several calls in one answer are allowed
+	EnableThinking       *bool           `json:"enable_thinking,omitempty"` // chat_template_kwargs
+	ReasoningEffort      string          `json:"reasoning_effort,omitempty"`
+	ContinueFinalMessage bool            `json:"continue_final_message,omitempty"`
+
+	N           int      `json:"n,omitempty"`           // completions, each with its Index; 0 means 1, at most 8
+	MaxTokens   int      `json:"max_tokens"`            // 0: until the context is full
+	MinTokens   int      `json:"min_tokens,omitempty"`  // no end of turn and no stop string before so many
+	PromptOnly  bool     `json:"prompt_only,omitempty"` // max_tokens: 0, which with Echo and LogProbs scores the prompt
+	IgnoreEOS   bool     `json:"ignore_eos,omitempty"`
+	Echo        bool     `json:"echo,omitempty"` // Text and LogProbs begin with the prompt's; its first token has no log-probability (NoLogProb)
+	Stop        []string `json:"stop,omitempty"`
+	LogProbs    bool     `json:"logprobs,omitempty"`
+	TopLogProbs int      `json:"top_logprobs,omitempty"` // 0 to 20
+
+	Temperature       float64                  `json:"temperature"`                // 0 is greedy
+	TopP              float64                  `json:"top_p"`                      // 1 keeps all
+	TopK              int                      `json:"top_k,omitempty"`            // 0 keeps all
+	MinP              float64                  `json:"min_p,omitempty"`            // of the likeliest token's probability; 0 keeps all
+	PresencePenalty   float64                  `json:"presence_penalty,omitempty"` // OpenAI's: over the completion's tokens
+	FrequencyPenalty  float64                  `json:"frequency_penalty,omitempty"`
+	RepetitionPenalty float64                  `json:"repetition_penalty,omitempty"` // CTRL's, over prompt and completion; 0 means 1, none
+	LogitBias         map[engine.Token]float64 `json:"logit_bias,omitempty"`         // -100 to 100, added to the logits
+	Seed              *int64                   `json:"seed,omitempty"`
+
+	Constraint *Constraint `json:"constraint,omitempty"`
 }
 
-// GenerateEvent is one line of the answer to POST /generate: text events, then one with FinishReason or Error.
+// ToolChoice is OpenAI's tool_choice: Mode, and with ToolFunction the name of the one that must be called.
+type ToolChoice struct {
+	Mode string `json:"mode,omitempty"`
+	Name string `json:"name,omitempty"`
+}
+
+// Modes of ToolChoice.
+const (
+	ToolNone     = "none"
+	ToolAuto     = "auto"
+	ToolRequired = "required"
+	ToolFunction = "function"
+)
+
+// Constraint is what a completion must match as a whole.
+type Constraint struct {
+	Kind string `json:"kind"`
+	// Choices, of ConstraintChoice: the completion is the one with the highest probability as a whole, or with a
+	// temperature drawn by these probabilities. Log-probabilities are renormalised over the choices.
+	Choices []string `json:"choices,omitempty"`
+	Text    string   `json:"text,omitempty"` // schema, regular expression or grammar
+}
+
+// Kinds of Constraint.
+const (
+	ConstraintChoice     = "choice"
+	ConstraintJSONObject = "json_object"
+	ConstraintJSONSchema = "json_schema"
+	ConstraintRegex      = "regex"
+	ConstraintLark       = "lark"
+)
+
+// GenerateEvent is one line of the answer to POST /generate. Each completion has events with its Index, one of them with
+// a FinishReason; the last event of all has Usage or Error.
 type GenerateEvent struct {
-	Text         string         `json:"text,omitempty"`
-	LogProbs     []TokenLogProb `json:"logprobs,omitempty"`      // of the tokens of Text
-	FinishReason string         `json:"finish_reason,omitempty"` // stop, length
-	Usage        *Usage         `json:"usage,omitempty"`         // with FinishReason
-	Error        *Error         `json:"error,omitempty"`
+	Index     int             `json:"index,omitempty"`
+	Text      string          `json:"text,omitempty"`
+	Reasoning string          `json:"reasoning,omitempty"`  // between <think> and </think>
+	ToolCalls []ToolCallDelta `json:"tool_calls,omitempty"` // parsed out of the text
+	LogProbs  []TokenLogProb  `json:"logprobs,omitempty"`   // of the tokens of Text, Reasoning and ToolCalls
+	// ChoiceProbabilities, of a choice constraint, comes with FinishReason: one for each choice, in the request's order, summing to 1.
+	ChoiceProbabilities []float64 `json:"choice_probabilities,omitempty"`
+	FinishReason        string    `json:"finish_reason,omitempty"` // stop, length, tool_calls
+	Usage               *Usage    `json:"usage,omitempty"`         // of all completions, with the last FinishReason
+	Error               *Error    `json:"error,omitempty"`
+}
+
+// ToolCallDelta adds to a tool call: the first of an Index has ID and Name, all may have a part of Arguments.
+type ToolCallDelta struct {
+	Index     int    `json:"index"`
+	ID        string `json:"id,omitempty"`
+	Name      string `json:"name,omitempty"`
+	Arguments string `json:"arguments,omitempty"`
+}
+
+// NoLogProb stands for the log-probability that the first token of a text does not have.
+const NoLogProb = 1
+
+// EmbedRequest is the body of POST /embed; the answer is EmbedResponse, or a GenerateEvent with Error.
+type EmbedRequest struct {
+	ID      string   `json:"id"`
+	Client  string   `json:"client,omitempty"`
+	Adapter *Adapter `json:"adapter,omitempty"`
+	Inputs  []Input  `json:"inputs"`
+}
+
+// Input is a text or its token ids.
+type Input struct {
+	Text   string         `json:"text,omitempty"`
+	Tokens []engine.Token `json:"tokens,omitempty"` // if not nil
+}
+
+// EmbedResponse has one vector for each input: the mean of the last hidden states, of length 1.
+type EmbedResponse struct {
+	Vectors      [][]float32 `json:"vectors"`
+	PromptTokens int         `json:"prompt_tokens"`
+	CachedTokens int         `json:"cached_tokens,omitempty"`
+}
+
+// TokenizeRequest is the body of POST /tokenize: a text, messages with their template, or token ids to turn into text.
+type TokenizeRequest struct {
+	Text             *string         `json:"text,omitempty"`
+	AddSpecialTokens bool            `json:"add_special_tokens"` // of Text: BOS where the model wants it
+	Messages         []wire.Message  `json:"messages,omitempty"`
+	Tools            json.RawMessage `json:"tools,omitempty"`
+	Tokens           []engine.Token  `json:"tokens,omitempty"`
+}
+
+// TokenizeResponse answers all three.
+type TokenizeResponse struct {
+	Tokens        []engine.Token `json:"tokens"`
+	Pieces        [][]byte       `json:"pieces"` // bytes of each token
+	Text          string         `json:"text"`   // of Tokens
+	ContextTokens int            `json:"context_tokens"`
 }
 
 // TokenLogProb is a token's piece, its log-probability (natural logarithm) and the most likely alternatives.
@@ -98,6 +215,7 @@ const (
 	CodeInvalidAdapter = "invalid_adapter"
 	CodeInvalidFile    = "invalid_training_file"
 	CodeInternal       = "internal_error"
+	CodeOverloaded     = "overloaded" // the runner's queue is full: 429 with Retry-After
 	// Of a trainer: no plan fits into the memory, and the loss was not a number again and again. The messages say what would help.
 	CodeInsufficientMemory = "insufficient_memory"
 	CodeDiverged           = "training_diverged"

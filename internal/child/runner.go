@@ -115,7 +115,7 @@ func (r *Runner) PID() int { return r.process.PID() }
 // Done is closed when the runner has ended.
 func (r *Runner) Done() <-chan struct{} { return r.process.Done() }
 
-// Generate yields the events of one completion: text, then one with a FinishReason. A refusal by the runner is
+// Generate yields the events of a request; the last one has Usage. A refusal by the runner is
 // yielded as an *Error. If the runner ends meanwhile, the error says how: an *ExitError, or ErrEnded.
 // Breaking off the loop or ending ctx cancels the completion in the runner.
 func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[GenerateEvent, error] {
@@ -168,7 +168,7 @@ func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[Ge
 				fail(fmt.Errorf("the runner answered %s", resp.Status))
 				return
 			}
-			if !yield(event, nil) || event.FinishReason != "" {
+			if !yield(event, nil) || event.Usage != nil {
 				return
 			}
 		}

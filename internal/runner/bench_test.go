@@ -38,7 +38,7 @@ func BenchmarkMultipleChoice(b *testing.B) {
 	for range 8 {
 		wg.Go(func() {
 			for q := range questions {
-				req := child.GenerateRequest{Messages: chat(q), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 4, TopP: 1}
+				req := child.GenerateRequest{Messages: chat(q), Constraint: choose("A", "B", "C", "D"), LogProbs: true, TopLogProbs: 4, TopP: 1}
 				if err := r.Generate(b.Context(), req, func(child.GenerateEvent) error { return nil }); err != nil {
 					b.Error(err)
 				}

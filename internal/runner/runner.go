@@ -217,11 +217,11 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 	if req.MaxTokens > 0 {
 		s.limit = min(s.limit, s.prompt+min(req.MaxTokens, r.contextTokens))
 	}
-	if len(req.Choices) > 0 {
-		if s.constraint, err = r.constraints.choices(req.Choices); err != nil {
+	if choices := choicesOf(req); len(choices) > 0 {
+		if s.constraint, err = r.constraints.choices(choices); err != nil {
 			return err
 		}
-		for _, choice := range req.Choices {
+		for _, choice := range choices {
 			spelling, err := r.prompts.Continuation(choice)
 			if err != nil {
 				return &child.Error{Code: child.CodeInvalidRequest, Param: "choices", Message: err.Error()}
@@ -339,8 +339,8 @@ func check(req child.GenerateRequest) error {
 		return refuse("top_logprobs", "is %d, expected 0 to %d", req.TopLogProbs, maxTopLogProbs)
 	case len(req.Stop) > maxStops:
 		return refuse("stop", "has %d strings, at most %d are allowed", len(req.Stop), maxStops)
-	case len(req.Choices) > maxChoices:
-		return refuse("choices", "has %d entries, at most %d are allowed", len(req.Choices), maxChoices)
+	case len(choicesOf(req)) > maxChoices:
+		return refuse("choices", "has %d entries, at most %d are allowed", len(choicesOf(req)), maxChoices)
 	case req.Adapter != nil && (req.Adapter.ID == "" || req.Adapter.Path == ""):
 		return refuse("adapter", "needs an id and a path")
 	}
@@ -350,6 +350,13 @@ func check(req child.GenerateRequest) error {
 		}
 	}
 	return nil
+}
+
+func choicesOf(req child.GenerateRequest) []string {
+	if req.Constraint == nil {
+		return nil
+	}
+	return req.Constraint.Choices
 }
 
 func (r *Runner) promptTokens(ctx context.Context, req child.GenerateRequest) (tokens []engine.Token, err error) {
@@ -364,7 +371,7 @@ func (r *Runner) promptTokens(ctx context.Context, req child.GenerateRequest) (t
 				tokens = []engine.Token{bos}
 			}
 		}
-	case len(req.Choices) > 0:
+	case len(choicesOf(req)) > 0:
 		tokens, err = r.prompts.AnswerPrompt(ctx, req.Messages)
 	default:
 		tokens, err = r.prompts.Prompt(ctx, req.Messages)

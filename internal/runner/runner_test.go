@@ -304,8 +304,8 @@ func TestChoices(t *testing.T) {
 	} {
 		for _, temperature := range []float64{0, 2} {
 			a := ask(t, r, child.GenerateRequest{
-				Messages: chat("Question: Which city is the capital of France?\nA. London\nB. Rome\nC. Paris\nD. Berlin\nAnswer:"),
-				Choices:  choices, LogProbs: true, TopLogProbs: 20, Temperature: temperature, Seed: new(int64),
+				Messages:   chat("Question: Which city is the capital of France?\nA. London\nB. Rome\nC. Paris\nD. Berlin\nAnswer:"),
+				Constraint: choose(choices...), LogProbs: true, TopLogProbs: 20, Temperature: temperature, Seed: new(int64),
 			})
 			if !slices.Contains(choices, a.Text) || a.Finish != "stop" {
 				t.Errorf("got %q (%s), want one of %q", a.Text, a.Finish, choices)
@@ -325,11 +325,11 @@ func TestChoices(t *testing.T) {
 		}
 	}
 	// Words of one token compete as a whole: the token "L" alone is likelier than "Paris", and would lead to London.
-	a := ask(t, r, child.GenerateRequest{Messages: chat("What is the capital of France?"), Choices: []string{"London", "Paris"}, LogProbs: true, TopLogProbs: 20})
+	a := ask(t, r, child.GenerateRequest{Messages: chat("What is the capital of France?"), Constraint: choose("London", "Paris"), LogProbs: true, TopLogProbs: 20})
 	if a.Text != "Paris" || len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 2 {
 		t.Errorf("London or Paris: got %q with %+v, want Paris in one token of two", a.Text, a.LogProbs)
 	}
-	a = ask(t, r, child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "B", "C", "D"}, LogProbs: true, TopLogProbs: 20})
+	a = ask(t, r, child.GenerateRequest{Messages: chat("x"), Constraint: choose("A", "B", "C", "D"), LogProbs: true, TopLogProbs: 20})
 	if len(a.LogProbs) != 1 || len(a.LogProbs[0].Top) != 4 || a.Usage.CompletionTokens != 1 {
 		t.Errorf("one of four letters took %+v, want one token with four alternatives", a)
 	}
@@ -377,7 +377,7 @@ func TestChoiceIsTheMostLikelyLetter(t *testing.T) {
 		request := child.GenerateRequest{Messages: chat(c.question), MaxTokens: 1, LogProbs: true, TopLogProbs: 20}
 		ask(t, r, request)
 		free := ask(t, r, request)
-		guided := ask(t, r, child.GenerateRequest{Messages: chat(c.question), Choices: letters, LogProbs: true, TopLogProbs: 20})
+		guided := ask(t, r, child.GenerateRequest{Messages: chat(c.question), Constraint: choose(letters...), LogProbs: true, TopLogProbs: 20})
 		if len(guided.LogProbs) != 1 || len(guided.LogProbs[0].Top) != len(letters) {
 			t.Fatalf("%q: got %+v, want one token with four alternatives", c.question, guided.LogProbs)
 		}
@@ -443,7 +443,7 @@ func TestRefusals(t *testing.T) {
 		{"top_p", child.GenerateRequest{Messages: chat("x"), TopP: -1}, child.CodeInvalidRequest, "top_p"},
 		{"top_logprobs", child.GenerateRequest{Messages: chat("x"), TopLogProbs: 21}, child.CodeInvalidRequest, "top_logprobs"},
 		{"stop", child.GenerateRequest{Messages: chat("x"), Stop: []string{""}}, child.CodeInvalidRequest, "stop"},
-		{"choices", child.GenerateRequest{Messages: chat("x"), Choices: []string{"A", "A"}}, child.CodeInvalidRequest, "choices"},
+		{"choices", child.GenerateRequest{Messages: chat("x"), Constraint: choose("A", "A")}, child.CodeInvalidRequest, "choices"},
 		{"adapter", child.GenerateRequest{Messages: chat("x"), Adapter: &child.Adapter{ID: "a", Path: "missing.gguf"}}, child.CodeInvalidAdapter, "missing.gguf"},
 	} {
 		_, err := generate(t.Context(), r, c.req)
@@ -593,7 +593,7 @@ func TestAdapters(t *testing.T) {
 	two := &child.Adapter{ID: "two", Path: randomAdapter(t, 6)}
 	request := func(a *child.Adapter) child.GenerateRequest {
 		return child.GenerateRequest{
-			Messages: chat("Which letter comes after B?"), Choices: []string{"A", "B", "C", "D", "E", "F", "G", "H"}, Adapter: a, LogProbs: true, TopLogProbs: 20,
+			Messages: chat("Which letter comes after B?"), Constraint: choose("A", "B", "C", "D", "E", "F", "G", "H"), Adapter: a, LogProbs: true, TopLogProbs: 20,
 		}
 	}
 	// Which cells of the pool a prompt gets depends on the tests before, and the order of cells on the rounding (see
@@ -743,4 +743,8 @@ func TestInvalidModel(t *testing.T) {
 	if !errors.As(err, &refusal) || refusal.Code != child.CodeInvalidModel {
 		t.Errorf("got %v, want %s", err, child.CodeInvalidModel)
 	}
+}
+
+func choose(choices ...string) *child.Constraint {
+	return &child.Constraint{Kind: child.ConstraintChoice, Choices: choices}
 }
