@@ -191,11 +191,13 @@ type TokenLogProb struct {
 	Top     []TokenLogProb `json:"top,omitempty"`
 }
 
-// Usage counts tokens; CachedTokens of the prompt were found in the prefix cache.
+// Usage counts tokens; CachedTokens of the prompt were found in the prefix cache, ReasoningTokens of the completions were
+// written before their answers.
 type Usage struct {
 	PromptTokens     int `json:"prompt_tokens"`
 	CompletionTokens int `json:"completion_tokens"`
 	CachedTokens     int `json:"cached_tokens"`
+	ReasoningTokens  int `json:"reasoning_tokens,omitempty"`
 }
 
 // Error is a refusal or a failure as a child reports it. Code is one of the Code constants.
