@@ -72,7 +72,8 @@ type Runner struct {
 	logger        *slog.Logger
 	scheduler     *scheduler
 	adapters      *adapters
-	constraints   constraints
+	constraints   *constraints
+	ends          []engine.Token // end a turn
 
 	calls   sync.RWMutex // held for reading by Generate, for writing by Close
 	closed  bool
@@ -133,7 +134,8 @@ func New(o Options) (_ *Runner, err error) {
 		o.Logger.Warn("context_tokens is more than the model was trained with: long sequences may come out as nonsense",
 			slog.Int("context_tokens", r.contextTokens), slog.Int("trained_context_tokens", trained))
 	}
-	r.constraints.model = r.model
+	r.constraints = newConstraints(r.model)
+	r.ends = endTokens(r.model)
 	if o.poolTokens == 0 {
 		o.poolTokens = min(o.Sequences*r.contextTokens, max(r.contextTokens, poolTokens))
 	}
@@ -207,7 +209,7 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 		tokens:     tokens,
 		prompt:     len(tokens),
 		limit:      r.contextTokens,
-		sampler:    newSampler(req.Temperature, req.TopP, req.Seed),
+		sampler:    newSampler(req, 0, r.ends),
 		text:       newText(req.Stop),
 		logProbs:   req.LogProbs,
 		top:        req.TopLogProbs,
@@ -217,10 +219,18 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 	if req.MaxTokens > 0 {
 		s.limit = min(s.limit, s.prompt+min(req.MaxTokens, r.contextTokens))
 	}
-	if choices := choicesOf(req); len(choices) > 0 {
-		if s.constraint, err = r.constraints.choices(choices); err != nil {
+	if err := checkSampling(req, r.model.VocabularySize()); err != nil {
+		return err
+	}
+	s.sampler.prompt(tokens)
+	if req.Constraint != nil {
+		if s.constraint, err = r.constraints.New(ctx, *req.Constraint); err != nil {
 			return err
 		}
+		// Closed when the scheduler has let go of the sequence, which is what done says.
+		defer s.constraint.Close()
+	}
+	if choices := choicesOf(req); len(choices) > 0 {
 		for _, choice := range choices {
 			spelling, err := r.prompts.Continuation(choice)
 			if err != nil {
@@ -228,8 +238,6 @@ func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit f
 			}
 			s.spellings = append(s.spellings, spelling)
 		}
-		// Closed when the scheduler has let go of the sequence, which is what done says.
-		defer s.constraint.Close()
 	}
 	if req.Adapter != nil {
 		if s.adapter, err = r.adapters.acquire(*req.Adapter); err != nil {
@@ -331,10 +339,6 @@ func check(req child.GenerateRequest) error {
 		return refuse("messages", "or prompt must be set, one of the two")
 	case req.MaxTokens < 0:
 		return refuse("max_tokens", "is %d, expected 0 (no limit) or more", req.MaxTokens)
-	case !(req.Temperature >= 0 && req.Temperature <= 100):
-		return refuse("temperature", "is %v, expected 0 to 100", req.Temperature)
-	case !(req.TopP >= 0 && req.TopP <= 1):
-		return refuse("top_p", "is %v, expected 0 to 1", req.TopP)
 	case req.TopLogProbs < 0 || req.TopLogProbs > maxTopLogProbs:
 		return refuse("top_logprobs", "is %d, expected 0 to %d", req.TopLogProbs, maxTopLogProbs)
 	case len(req.Stop) > maxStops:

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 
@@ -19,8 +20,8 @@ type sequence struct {
 	prompt     int // of tokens, how many are the prompt's
 	limit      int // most tokens
 	sampler    *sampler
-	constraint *llguidance.Constraint // nil: free text
-	spellings  [][]engine.Token       // of the choices, as the tokenizer writes them; nil: any
+	constraint *constraint      // nil: free text
+	spellings  [][]engine.Token // of the choices, as the tokenizer writes them; nil: any
 	text       *text
 	logProbs   bool
 	top        int
@@ -34,23 +35,24 @@ type sequence struct {
 
 // next takes the logits after the sequence's last token, samples and reports; finished says that it was the last.
 func (s *sequence) next(logits []float32) (finished bool) {
-	var allowed []engine.Token
+	var mask []uint32
 	if s.constraint != nil {
-		mask, err := s.constraint.Mask()
-		if err != nil {
+		var err error
+		if mask, err = s.constraint.Mask(); err != nil {
 			return s.fail(err)
 		}
-		if allowed = s.spelled(tokensOf(mask, len(logits))); len(allowed) == 0 {
-			return s.fail(errNoToken)
-		}
+		mask = s.spelled(mask)
 	}
-	token := s.sampler.pick(logits, allowed)
+	token := s.sampler.pick(logits, mask)
+	if token < 0 {
+		return s.fail(errNoToken)
+	}
 	if s.vocabulary.IsEndOfGeneration(token) {
 		return s.finish("stop")
 	}
 	var logProb *child.TokenLogProb
 	if s.logProbs {
-		p, top := probabilities(logits, allowed, token, s.top)
+		p, top := s.sampler.probabilities(logits, mask, token, s.top)
 		entry := s.entry(token, p)
 		for _, t := range top {
 			entry.Top = append(entry.Top, s.entry(t.token, t.logP))
@@ -58,6 +60,7 @@ func (s *sequence) next(logits []float32) (finished bool) {
 		logProb = &entry
 	}
 	s.tokens = append(s.tokens, token)
+	s.sampler.accept(token)
 	var piece []byte
 	if !s.vocabulary.IsControl(token) { // the name of a control token is no text
 		piece = s.vocabulary.Piece(token)
@@ -85,24 +88,28 @@ func (s *sequence) next(logits []float32) (finished bool) {
 
 // spelled keeps of the allowed tokens those that go on with a choice as the tokenizer writes it. The constraint alone
 // also allows parts of words, which a model hardly ever writes: "L" would win for "London" over "Paris".
-func (s *sequence) spelled(allowed []engine.Token) []engine.Token {
+func (s *sequence) spelled(allowed []uint32) []uint32 {
 	if s.spellings == nil {
 		return allowed
 	}
 	written := s.tokens[s.prompt:]
-	var follow []engine.Token
+	kept := make([]uint32, len(allowed))
+	any := false
+	keep := func(t engine.Token) {
+		if llguidance.Allowed(allowed, t) {
+			kept[t/32] |= 1 << (t % 32)
+			any = true
+		}
+	}
 	for _, spelling := range s.spellings {
 		if len(spelling) > len(written) && slices.Equal(spelling[:len(written)], written) {
-			follow = append(follow, spelling[len(written)])
+			keep(spelling[len(written)])
 		}
 	}
-	var kept []engine.Token
-	for _, t := range allowed {
-		if s.vocabulary.IsEndOfGeneration(t) || slices.Contains(follow, t) {
-			kept = append(kept, t)
-		}
+	for _, t := range s.sampler.ends {
+		keep(t)
 	}
-	if kept == nil { // two tokens of the same bytes, of which the constraint knows one
+	if !any { // two tokens of the same bytes, of which the constraint knows one
 		return allowed
 	}
 	return kept
@@ -124,7 +131,11 @@ func (s *sequence) finish(reason string) bool {
 }
 
 func (s *sequence) fail(err error) bool {
-	s.out.put(child.GenerateEvent{Error: &child.Error{Code: child.CodeInternal, Message: err.Error()}})
+	var refusal *child.Error
+	if !errors.As(err, &refusal) {
+		refusal = &child.Error{Code: child.CodeInternal, Message: err.Error()}
+	}
+	s.out.put(child.GenerateEvent{Error: refusal})
 	return true
 }
 
