@@ -38,6 +38,7 @@ type RunnerConfig struct {
 type RunnerEvent struct {
 	Type          string `json:"type"` // ready, failed
 	ContextTokens int    `json:"context_tokens,omitempty"`
+	MemoryBytes   int64  `json:"memory_bytes,omitempty"` // of ready: what it holds and may still fill: weights laid out anew, cache, buffers; not the mapped file
 	Error         *Error `json:"error,omitempty"`
 }
 
@@ -217,8 +218,10 @@ const (
 	CodeInvalidAdapter = "invalid_adapter"
 	CodeInvalidFile    = "invalid_training_file"
 	CodeInternal       = "internal_error"
-	CodeOverloaded     = "overloaded" // the runner's queue is full: 429 with Retry-After
-	// Of a trainer: no plan fits into the memory, and the loss was not a number again and again. The messages say what would help.
+	CodeOverloaded     = "overloaded"  // the runner's queue is full: 429 with Retry-After
+	CodeEndsEngine     = "ends_engine" // a request with which the engine has ended again and again: 400
+	// No plan of a trainer, or no runner of a model, fits into the memory; and the loss was not a number again and again. The
+	// messages say what would help.
 	CodeInsufficientMemory = "insufficient_memory"
 	CodeDiverged           = "training_diverged"
 )
@@ -242,9 +245,11 @@ type TrainerConfig struct {
 	Method         string       `json:"method,omitempty"`        // supervised ("" too), dpo
 	StartAdapter   string       `json:"start_adapter,omitempty"` // directory of the adapter to continue from (model: ft:...), ours or PEFT's
 	CacheDir       string       `json:"cache_dir,omitempty"`     // tokenized files and measured plans; "" takes Dir
-	MemoryBytes    int64        `json:"memory_bytes,omitempty"`  // budget that the server granted; 0: what is free
-	DryRun         bool         `json:"dry_run,omitempty"`       // emit dataset, plan and memory, then done without training
-	Threads        int          `json:"threads"`                 // 0 means all cores
+	MemoryBytes    int64        `json:"memory_bytes,omitempty"`  // of the device: budget that the server granted; 0: what is free
+	// HostMemoryBytes is what the server's memory leaves for this job where it computes on the CPU; 0: no bound.
+	HostMemoryBytes int64 `json:"host_memory_bytes,omitempty"`
+	DryRun          bool  `json:"dry_run,omitempty"` // emit dataset, plan and memory, then done without training
+	Threads         int   `json:"threads"`           // 0 means all cores
 }
 
 // Checkpoint says what the checkpoint of a step is: the directory that the trainer writes it into, a complete adapter

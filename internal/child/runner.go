@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 )
 
@@ -29,16 +30,44 @@ type RunnerOptions struct {
 	// SocketDir is an absolute directory to put the socket below. Where it is "" or longer than a socket's path may be,
 	// the socket is in a temporary directory, which stays behind if this process is killed.
 	SocketDir string
+	Started   func(pid int) // is told the process before it is ready; may be nil
 }
 
 // Runner is a started runner: one loaded base model. Its methods may be called from several goroutines.
 type Runner struct {
-	process *Process
-	dir     string // of the socket
-	client  *http.Client
-	read    chan struct{} // closed when standard output is read to its end
+	process  *Process
+	dir      string // of the socket
+	client   *http.Client
+	read     chan struct{} // closed when standard output is read to its end
+	began    time.Time
+	lastSign atomic.Int64 // nanoseconds after began: the newest answer or part of one
 
-	ContextTokens int // longest prompt + completion, as the runner decided
+	ContextTokens int   // longest prompt + completion, as the runner decided
+	MemoryBytes   int64 // as in RunnerEvent; 0 if the runner did not say
+}
+
+// heard notes that the runner lives.
+func (r *Runner) heard() { r.lastSign.Store(int64(time.Since(r.began))) }
+
+// silence is how long ago that was.
+func (r *Runner) silence() time.Duration {
+	return time.Since(r.began) - time.Duration(r.lastSign.Load())
+}
+
+// probe asks the runner for a sign of life.
+func (r *Runner) probe(ctx context.Context) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://runner/status", http.NoBody)
+	if err != nil {
+		return
+	}
+	resp, err := r.client.Do(req)
+	if err != nil {
+		return // silence says it
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, maxLineBytes)); err == nil {
+		r.heard()
+	}
 }
 
 // StartRunner starts a runner and waits until it is ready. If ctx ends before, or the runner ends or says that it
@@ -59,7 +88,10 @@ func StartRunner(ctx context.Context, opts RunnerOptions) (*Runner, error) {
 		_ = os.RemoveAll(dir)
 		return nil, err
 	}
-	r := &Runner{process: process, dir: dir, read: make(chan struct{})}
+	r := &Runner{process: process, dir: dir, read: make(chan struct{}), began: time.Now()}
+	if opts.Started != nil {
+		opts.Started(process.PID())
+	}
 	r.client = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", config.Socket)
@@ -97,7 +129,8 @@ func (r *Runner) readEvents(first chan<- error) {
 	case err != nil:
 		err = fmt.Errorf("read the runner's first event: %w", err)
 	case event.Type == "ready":
-		r.ContextTokens = event.ContextTokens
+		r.ContextTokens, r.MemoryBytes = event.ContextTokens, event.MemoryBytes
+		r.heard()
 	case event.Error != nil:
 		err = event.Error
 	default:
@@ -123,20 +156,9 @@ func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[Ge
 		fail := func(err error) { yield(GenerateEvent{}, err) }
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		body, err := json.Marshal(req)
+		resp, err := r.post(ctx, "/generate", req)
 		if err != nil {
-			fail(fmt.Errorf("encode a request for the runner: %w", err))
-			return
-		}
-		post, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://runner/generate", bytes.NewReader(body))
-		if err != nil {
-			fail(fmt.Errorf("make a request for the runner: %w", err))
-			return
-		}
-		post.Header.Set("Content-Type", "application/json")
-		resp, err := r.client.Do(post)
-		if err != nil {
-			fail(r.endOf(ctx, err))
+			fail(err)
 			return
 		}
 		defer resp.Body.Close()
@@ -150,6 +172,7 @@ func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[Ge
 				fail(r.endOf(ctx, err))
 				return
 			}
+			r.heard()
 			if len(line) == 0 {
 				continue
 			}
@@ -173,6 +196,64 @@ func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[Ge
 			}
 		}
 	}
+}
+
+// Embed returns the vectors of the request's inputs. Errors are those of Generate.
+func (r *Runner) Embed(ctx context.Context, req EmbedRequest) (EmbedResponse, error) {
+	var resp EmbedResponse
+	err := r.call(ctx, "/embed", req, &resp)
+	return resp, err
+}
+
+// Tokenize turns text or messages into tokens, or tokens into text. Errors are those of Generate.
+func (r *Runner) Tokenize(ctx context.Context, req TokenizeRequest) (TokenizeResponse, error) {
+	var resp TokenizeResponse
+	err := r.call(ctx, "/tokenize", req, &resp)
+	return resp, err
+}
+
+// call posts req and decodes the one object of the answer into resp.
+func (r *Runner) call(ctx context.Context, path string, req, resp any) error {
+	httpResp, err := r.post(ctx, path, req)
+	if err != nil {
+		return err
+	}
+	defer httpResp.Body.Close()
+	if httpResp.StatusCode == http.StatusOK {
+		if err := json.NewDecoder(httpResp.Body).Decode(resp); err != nil {
+			return r.endOf(ctx, fmt.Errorf("read the runner's answer: %w", err))
+		}
+		r.heard()
+		return nil
+	}
+	line, err := readLine(bufio.NewReader(httpResp.Body))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return r.endOf(ctx, err)
+	}
+	var event GenerateEvent
+	if json.Unmarshal(line, &event) == nil && event.Error != nil {
+		return event.Error
+	}
+	return fmt.Errorf("the runner answered %s: %.200s", httpResp.Status, line)
+}
+
+// post sends v as JSON. The caller closes the answer's body.
+func (r *Runner) post(ctx context.Context, path string, v any) (*http.Response, error) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("encode a request for the runner: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://runner"+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("make a request for the runner: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := r.client.Do(req)
+	if err != nil {
+		return nil, r.endOf(ctx, err)
+	}
+	r.heard()
+	return resp, nil
 }
 
 // endOf explains err by the caller's own cancelling, else by the runner's end if it ended.

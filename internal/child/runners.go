@@ -87,6 +87,24 @@ func (r *Runners) Generate(ctx context.Context, base Base, req GenerateRequest) 
 	}
 }
 
+// Embed is Runner.Embed with the runner of base, which is started if need be.
+func (r *Runners) Embed(ctx context.Context, base Base, req EmbedRequest) (EmbedResponse, error) {
+	runner, err := r.runner(ctx, base)
+	if err != nil {
+		return EmbedResponse{}, err
+	}
+	return runner.Embed(ctx, req)
+}
+
+// Tokenize is Runner.Tokenize with the runner of base, which is started if need be.
+func (r *Runners) Tokenize(ctx context.Context, base Base, req TokenizeRequest) (TokenizeResponse, error) {
+	runner, err := r.runner(ctx, base)
+	if err != nil {
+		return TokenizeResponse{}, err
+	}
+	return runner.Tokenize(ctx, req)
+}
+
 // Loaded returns the process ids of the runners that are ready, by base model name.
 func (r *Runners) Loaded() map[string]int {
 	r.mu.Lock()
