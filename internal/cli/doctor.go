@@ -24,8 +24,8 @@ import (
 	"github.com/hone-llm/hone/internal/doctor"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/memory"
 	"github.com/hone-llm/hone/internal/models"
-	"github.com/hone-llm/hone/internal/train"
 )
 
 // engineTimeout is for loading a GPU's library and driver, which take seconds where nothing has used them since the start.
@@ -115,7 +115,7 @@ func examine(cmd *cobra.Command) []doctor.Check {
 		TrainerDevice: cfg.Trainer.Device, TrainerMemory: cfg.Trainer.MemoryBytes(), Threads: cfg.Threads,
 		Cores: runtime.NumCPU(), Quota: runtime.GOMAXPROCS(0), Engine: askEngine,
 	}
-	o.FreeMemory, o.GroupFree, o.MemoryErr = train.FreeMemory()
+	o.FreeMemory, o.GroupFree, o.MemoryErr = memory.Free()
 	o.Cache, o.CacheErr = models.NewCache(models.Environment(os.Getenv))
 	return append([]doctor.Check{first}, doctor.Run(cmd.Context(), o)...)
 }

@@ -1,14 +1,8 @@
 package train
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"math"
-	"os"
-	"path"
-	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/hone-llm/hone/internal/child"
@@ -17,6 +11,7 @@ import (
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/memory"
 )
 
 // setting is a combination of what decides the memory of a job.
@@ -183,7 +178,7 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 	if gpu {
 		p.Device, p.OverheadBytes = device.Description, gpuOverhead
 	} else {
-		now, err := residentMemory()
+		now, err := memory.Resident()
 		if err != nil {
 			return p, err
 		}
@@ -238,105 +233,21 @@ func (t *trainer) freeMemory() (int64, error) {
 	if device, gpu := t.backend.Device(); gpu {
 		free = int64(device.FreeBytes)
 	} else {
-		available, err := availableMemory()
+		available, group, err := memory.Free()
 		if err != nil {
 			return 0, err
 		}
-		own, err := residentMemory()
+		own, err := memory.Resident()
 		if err != nil {
 			return 0, err
 		}
-		free = own + min(available, groupMemory("/proc/self/cgroup", "/sys/fs/cgroup"))
+		free = own + min(available, group)
+		if granted := t.config.HostMemoryBytes; granted > 0 {
+			free = min(free, granted)
+		}
 	}
 	if granted := t.config.MemoryBytes; granted > 0 {
 		free = min(free, granted)
 	}
 	return free, nil
-}
-
-// availableMemory is the kernel's estimate of what can be allocated without swapping, in bytes.
-func availableMemory() (int64, error) { return kibibytes("/proc/meminfo", "MemAvailable:") }
-
-// residentMemory is what this process holds in memory, and peakMemory the most that it has held, in bytes.
-func residentMemory() (int64, error) { return kibibytes("/proc/self/status", "VmRSS:") }
-func peakMemory() (int64, error)     { return kibibytes("/proc/self/status", "VmHWM:") }
-
-// kibibytes reads a line such as "VmRSS: 123 kB".
-func kibibytes(path, key string) (int64, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return 0, fmt.Errorf("free memory: %w", err)
-	}
-	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, key); ok {
-			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-			if err != nil {
-				return 0, fmt.Errorf("free memory: %s: %w", path, err)
-			}
-			return kib << 10, nil
-		}
-	}
-	return 0, errors.New("free memory: " + path + " has no " + key)
-}
-
-// groupMemory is what the control groups of this process leave it, in bytes: the least limit of its group and those
-// above, minus what is in use there and cannot be dropped. math.MaxInt64 is no limit.
-//
-// Version 2: https://docs.kernel.org/admin-guide/cgroup-v2.html; version 1 has its hierarchy of memory under memory/.
-func groupMemory(membership, root string) int64 {
-	f, err := os.Open(membership)
-	if err != nil {
-		return math.MaxInt64
-	}
-	defer f.Close()
-	free := int64(math.MaxInt64)
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		_, rest, _ := strings.Cut(lines.Text(), ":")
-		controllers, group, _ := strings.Cut(rest, ":")
-		base, limit, usage, cache := root, "memory.max", "memory.current", "inactive_file "
-		if controllers != "" {
-			if controllers != "memory" {
-				continue
-			}
-			base, limit, usage, cache = filepath.Join(root, "memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "
-		}
-		// In a container, the path may be that of the host, and the root is the group itself: then only the root is found.
-		for group = path.Clean("/" + group); ; group = path.Dir(group) {
-			free = min(free, groupFree(filepath.Join(base, group), limit, usage, cache))
-			if group == "/" {
-				break
-			}
-		}
-	}
-	return free
-}
-
-func groupFree(dir, limit, usage, cache string) int64 {
-	number := func(name string) (int64, bool) {
-		data, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			return 0, false
-		}
-		n, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
-		return n, err == nil // "max" is none
-	}
-	most, ok := number(limit)
-	if !ok {
-		return math.MaxInt64
-	}
-	used, ok := number(usage)
-	if !ok {
-		return math.MaxInt64
-	}
-	if stat, err := os.ReadFile(filepath.Join(dir, "memory.stat")); err == nil {
-		for line := range strings.Lines(string(stat)) {
-			if rest, ok := strings.CutPrefix(line, cache); ok {
-				if n, err := strconv.ParseInt(strings.TrimSpace(rest), 10, 64); err == nil {
-					used -= n // pages of files that are dropped when memory is short
-				}
-			}
-		}
-	}
-	return max(0, most-used)
 }

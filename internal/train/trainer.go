@@ -23,6 +23,7 @@ import (
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/memory"
 )
 
 const (
@@ -286,7 +287,7 @@ func (t *trainer) done(took time.Duration) error {
 	share := func(d time.Duration) float64 { return 100 * d.Seconds() / took.Seconds() }
 	message := fmt.Sprintf("Trained %d steps in %s; evaluation took %.1f%% of the time, resume states and checkpoints %.1f%%",
 		t.step, took.Round(100*time.Millisecond), share(t.spent.evaluation), share(t.spent.saving))
-	if peak, err := peakMemory(); err == nil {
+	if peak, err := memory.Peak(); err == nil {
 		message += fmt.Sprintf("; memory at most %d MiB, estimated %d MiB", peak>>20, t.plan.Memory.TotalBytes>>20)
 	}
 	if err := t.info("%s", message); err != nil {
