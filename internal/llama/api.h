@@ -27,7 +27,10 @@ enum {
     HONE_GGML_LOG_LEVEL_CONT  = 5,
     HONE_LLAMA_FLASH_ATTN_TYPE_DISABLED = 0,
     HONE_LLAMA_FLASH_ATTN_TYPE_ENABLED  = 1,
+    HONE_LLAMA_POOLING_TYPE_NONE = 0,
     HONE_LLAMA_TOKEN_NULL = -1,
+    HONE_GGML_TYPE_F16  = 1,
+    HONE_GGML_TYPE_Q8_0 = 8,
 };
 
 HONE_STRUCT(llama_batch) {
@@ -101,6 +104,7 @@ struct llama_context_params llama_context_default_params(void);
 struct llama_model * llama_model_load_from_file(const char * path_model, struct llama_model_params params);
 void    llama_model_free(struct llama_model * model);
 int32_t llama_model_n_ctx_train(const struct llama_model * model);
+int32_t llama_model_n_embd(const struct llama_model * model);
 int32_t llama_model_meta_val_str(const struct llama_model * model, const char * key, char * buf, size_t buf_size);
 int32_t llama_model_desc(const struct llama_model * model, char * buf, size_t buf_size);
 bool    llama_model_has_encoder(const struct llama_model * model);
@@ -137,6 +141,8 @@ struct llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_se
 void     llama_batch_free(struct llama_batch batch);
 int32_t  llama_decode(struct llama_context * ctx, struct llama_batch batch);
 float  * llama_get_logits_ith(struct llama_context * ctx, int32_t i);
+float  * llama_get_embeddings_ith(struct llama_context * ctx, int32_t i);
+void     llama_set_embeddings(struct llama_context * ctx, bool embeddings);
 void     llama_set_abort_callback(struct llama_context * ctx, bool (*abort_callback)(void *), void * abort_callback_data);
 
 struct llama_adapter_lora * llama_adapter_lora_init(struct llama_model * model, const char * path_lora);

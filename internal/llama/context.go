@@ -15,14 +15,6 @@ import (
 	"github.com/hone-llm/hone/internal/engine"
 )
 
-// Errors of Decode after which the context goes on: nothing of a failed micro-batch stays in it.
-var (
-	// ErrNoRoom says that the key-value cache has no free cells for the batch. The cache is as before the call.
-	ErrNoRoom = errors.New("llama: no room in the key-value cache")
-	// ErrAborted says that Abort was called. Micro-batches that were done before are in the cache; see SequenceTokens.
-	ErrAborted = errors.New("llama: decode was aborted")
-)
-
 // ContextOptions of NewContext.
 type ContextOptions struct {
 	Tokens           int // cells of the key-value cache, shared by all sequences; required
@@ -35,6 +27,8 @@ type ContextOptions struct {
 	// in the batch. As a matrix, they did (root mean square 0.15 to 0.56 on a Q4_1 model), and long batches of several
 	// sequences ran at half the speed.
 	Attention Attention
+	// CacheQ8 keeps keys and values as q8_0 instead of f16: half the memory; it needs AttentionFlash.
+	CacheQ8 bool
 	// SeparateCaches gives each sequence Tokens/Sequences cells of its own. Then CopySequence cannot copy a part.
 	SeparateCaches bool
 }
@@ -51,18 +45,19 @@ const (
 // Context holds the key-value cache of up to Sequences sequences and decodes batches of their tokens. One goroutine at
 // a time may use it, but for Abort. It must be closed before its model and after adapters were removed from it.
 type Context struct {
-	model     *Model
-	c         *C.struct_llama_context
-	memory    *C.struct_llama_memory_i
-	abort     *C.int // C memory: the abort callback reads it
-	abortLock sync.Mutex
-	sequences int
-	batch     int
-	tokens    int
-	separate  bool
-	rows      map[int]bool // rows of the last Decode that have logits
-	adapter   *Adapter
-	scale     float32
+	model      *Model
+	c          *C.struct_llama_context
+	memory     *C.struct_llama_memory_i
+	abort      *C.int // C memory: the abort callback reads it
+	abortLock  sync.Mutex
+	sequences  int
+	batch      int
+	tokens     int
+	separate   bool
+	embeddings bool
+	rows       map[int]bool // rows of the last Decode that have logits
+	adapter    *Adapter
+	scale      float32
 }
 
 // NewContext allocates a context (llama_init_from_model).
@@ -99,6 +94,10 @@ func NewContext(m *Model, o ContextOptions) (*Context, error) {
 	if o.Attention == AttentionPlain {
 		params.flash_attn_type = C.HONE_LLAMA_FLASH_ATTN_TYPE_DISABLED
 	}
+	if o.CacheQ8 {
+		params.type_k, params.type_v = C.HONE_GGML_TYPE_Q8_0, C.HONE_GGML_TYPE_Q8_0
+	}
+	params.pooling_type = C.HONE_LLAMA_POOLING_TYPE_NONE // the states of single tokens, whatever the file says
 	params.kv_unified = C.bool(!o.SeparateCaches)
 	params.no_perf = true
 	ctx := &Context{model: m, separate: o.SeparateCaches, rows: map[int]bool{}}
@@ -157,7 +156,7 @@ func (c *Context) ResetAbort() {
 	}
 }
 
-// Abort makes the running Decode return ErrAborted soon, between two operations of the graph, and every later one
+// Abort makes the running Decode return engine.ErrAborted soon, between two operations of the graph, and every later one
 // until ResetAbort. Any goroutine may call it. It works on the CPU only.
 func (c *Context) Abort() {
 	c.abortLock.Lock()
@@ -168,8 +167,8 @@ func (c *Context) Abort() {
 }
 
 // Decode computes the rows of the batch on top of what its sequences hold in the cache and puts them there
-// (llama_decode). It returns ErrNoRoom, ErrAborted, or an *engine.Error after which the sequences of the batch
-// should be removed.
+// (llama_decode). It returns engine.ErrNoRoom, after which the cache is as before if the batch is one micro-batch,
+// engine.ErrAborted, or an *engine.Error after which the sequences of the batch should be removed.
 func (c *Context) Decode(b *Batch) error {
 	clear(c.rows)
 	switch {
@@ -199,9 +198,9 @@ func (c *Context) Decode(b *Batch) error {
 		}
 		return nil
 	case code == 1:
-		return ErrNoRoom
+		return engine.ErrNoRoom
 	case code == 2:
-		return ErrAborted
+		return engine.ErrAborted
 	}
 	return &engine.Error{Op: "llama_decode", Code: int(code)}
 }
@@ -217,6 +216,27 @@ func (c *Context) Logits(row int) []float32 {
 		return nil
 	}
 	return unsafe.Slice((*float32)(unsafe.Pointer(p)), c.model.size)
+}
+
+// SetEmbeddings says whether the following decodes also compute hidden states, for State (llama_set_embeddings).
+func (c *Context) SetEmbeddings(on bool) {
+	if c.c != nil && on != c.embeddings {
+		C.llama_set_embeddings(c.c, C.bool(on))
+		c.embeddings = on
+	}
+}
+
+// State returns the last hidden state after the final norm of row i of the last batch, whose logits were asked for after
+// SetEmbeddings (llama_get_embeddings_ith); nil otherwise. It is valid until the next Decode, and not to be written.
+func (c *Context) State(row int) []float32 {
+	if c.c == nil || !c.embeddings || !c.rows[row] {
+		return nil
+	}
+	p := C.llama_get_embeddings_ith(c.c, C.int32_t(row))
+	if p == nil {
+		return nil
+	}
+	return unsafe.Slice((*float32)(unsafe.Pointer(p)), c.model.EmbeddingSize())
 }
 
 // RemoveSequence removes the tokens of a sequence from position first on; 0 removes all (llama_memory_seq_rm).

@@ -122,7 +122,7 @@ func TestDecodeRefuses(t *testing.T) {
 	for i := range 100 {
 		b.Add(1, i, 1, i == 99)
 	}
-	if err := c.Decode(b); !errors.Is(err, ErrNoRoom) {
+	if err := c.Decode(b); !errors.Is(err, engine.ErrNoRoom) {
 		t.Errorf("100 tokens where 56 cells are free: %v, want ErrNoRoom", err)
 	}
 	if c.Logits(99) != nil || c.SequenceTokens(0) != 200 || c.SequenceTokens(1) != 0 {
@@ -169,7 +169,7 @@ func TestAbort(t *testing.T) {
 	timer := time.AfterFunc(20*time.Millisecond, c.Abort)
 	defer timer.Stop()
 	start := time.Now()
-	if err := c.Decode(b); !errors.Is(err, ErrAborted) {
+	if err := c.Decode(b); !errors.Is(err, engine.ErrAborted) {
 		t.Fatalf("after %v: %v, want ErrAborted", time.Since(start), err)
 	}
 	c.ResetAbort()

@@ -146,6 +146,14 @@ func (m *Model) AddBOS() bool { return m.c != nil && bool(C.llama_vocab_get_add_
 // VocabularySize is the number of tokens, and of logits a row (llama_vocab_n_tokens).
 func (m *Model) VocabularySize() int { return m.size }
 
+// EmbeddingSize is the number of elements of a hidden state (llama_model_n_embd).
+func (m *Model) EmbeddingSize() int {
+	if m.c == nil {
+		return 0
+	}
+	return int(C.llama_model_n_embd(m.c))
+}
+
 // ChatTemplate returns the model's chat template, "" if it has none (llama_model_chat_template).
 func (m *Model) ChatTemplate() string {
 	if m.c == nil {

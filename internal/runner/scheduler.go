@@ -426,7 +426,7 @@ func (s *scheduler) decode() {
 
 	switch {
 	case err == nil:
-	case errors.Is(err, llama.ErrNoRoom) && s.makeRoom():
+	case errors.Is(err, engine.ErrNoRoom) && s.makeRoom():
 		return
 	default:
 		// What a failed batch left in the cache is not known.
@@ -434,7 +434,7 @@ func (s *scheduler) decode() {
 		for _, p := range parts {
 			s.clear(p.sequence.slot)
 			p.sequence.slot.adapter = p.sequence.adapter
-			if !errors.Is(err, llama.ErrAborted) {
+			if !errors.Is(err, engine.ErrAborted) {
 				p.sequence.fail(err)
 				failed[p.sequence] = true
 			}
