@@ -1,55 +1,10 @@
 #include "kernels.h"
+#include "vector.h"
 
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-
-// Sixteen floats: one AVX-512 register, two of AVX2, four of NEON; the compiler splits as the target needs.
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(4)));
-enum { W = 16 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec load(const float *p) { return *(const vec *)p; }
-INLINE void store(float *p, vec v) { *(vec *)p = v; }
-INLINE vec splat(float x) { return x - (vec){}; }
-
-INLINE float sum(vec v) {
-	float s = 0;
-	for (int i = 0; i < W; i++) s += v[i];
-	return s;
-}
-
-INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
-
-// vexp is e^x to about 1e-7 relative (Cephes expf's polynomial); x below -87 gives 0, NaN stays NaN.
-INLINE vec vexp(vec x) {
-	x = pick(x > splat(88.f), splat(88.f), x);
-	ivec tiny = x < splat(-87.f);
-	x = pick(tiny, splat(-87.f), x);
-	// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, so that nothing is converted.
-	vec shifted = x * splat(1.44269504088896341f) + splat(12582912.f);
-	vec n = shifted - splat(12582912.f);
-	x = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-	vec p = splat(1.9875691500e-4f);
-	p = p * x + splat(1.3981999507e-3f);
-	p = p * x + splat(8.3334519073e-3f);
-	p = p * x + splat(4.1665795894e-2f);
-	p = p * x + splat(1.6666665459e-1f);
-	p = p * x + splat(5.0000001201e-1f);
-	p = p * x * x + x + splat(1.f);
-	uvec e = ((uvec)shifted - 0x4b400000u + 127u) << 23;
-	return pick(tiny, splat(0.f), p * (vec)e);
-}
-
-INLINE float largest(vec v) {
-	float m = v[0];
-	for (int i = 1; i < W; i++) m = m > v[i] ? m : v[i];
-	return m;
-}
 
 bool hone_watch_callback(void *data) {
 	struct hone_watch *w = data;
@@ -57,13 +12,13 @@ bool hone_watch_callback(void *data) {
 	return __atomic_load_n(&w->stop, __ATOMIC_RELAXED) != 0;
 }
 
-// Scratch memory of the calling thread, at least n floats, kept for its next call and freed when the thread ends.
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 static __thread float *scratch_data;
 static __thread size_t scratch_size;
 static void scratch_init(void) { pthread_key_create(&scratch_key, free); }
-static float *scratch(size_t n) {
+
+float *hone_scratch(size_t n) {
 	if (n > scratch_size) {
 		pthread_once(&scratch_once, scratch_init);
 		free(scratch_data);
@@ -308,7 +263,7 @@ static struct attention attention_of(const struct ggml_tensor *dst, int backward
 	}
 	a.ld = (a.most + W - 1) / W * W;
 	size_t ints = ((size_t)6 * a.n + W - 1) / W * W, square = a.ld * a.d, strip = QB * a.ld;
-	float *memory = scratch(ints + (backward ? 2 : 1) * (square + strip));
+	float *memory = hone_scratch(ints + (backward ? 2 : 1) * (square + strip));
 	a.base = (int *)memory, a.depth = a.base + a.n, a.order = a.depth + a.n, a.tree = a.order + a.n, a.path = a.tree + a.n;
 	a.kt = memory + ints, a.P = a.kt + square;
 	if (backward) a.vt = a.P + strip, a.dP = a.vt + square;
@@ -525,7 +480,7 @@ static void op_lora_down(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	const struct ggml_tensor *x = dst->src[0], *w = dst->src[1];
 	int64_t n = x->ne[0], r = w->ne[1], from, to;
 	struct dropout drp = dropout_of(dst->src[2], params(dst));
-	float *wt = scratch(n * r + (drp.seeds ? DOWN_TB * n : 0)), *xd = wt + n * r;
+	float *wt = hone_scratch(n * r + (drp.seeds ? DOWN_TB * n : 0)), *xd = wt + n * r;
 	transpose(w->data, n, r, n, wt, r);
 	share(x->ne[1], 1, ith, nth, &from, &to);
 	for (int64_t t = from; t < to; t += DOWN_TB) {
@@ -554,7 +509,7 @@ static void op_lora_up(struct ggml_tensor *dst, int ith, int nth, void *unused) 
 			gemm(m, n, r, ur, r, 1, w->data, n, y, n, scale, 1);
 			continue;
 		}
-		float *tmp = scratch(TB * n);
+		float *tmp = hone_scratch(TB * n);
 		gemm(m, n, r, ur, r, 1, w->data, n, tmp, n, scale, 0);
 		for (int i = 0; i < m; i++) drop(&drp, t + i, 0, n, tmp + i * n, y + i * n, 1);
 	}
@@ -573,7 +528,7 @@ static void op_lora_outer(struct ggml_tensor *dst, int ith, int nth, void *unuse
 		const float *xr = (const float *)x->data + t * n + from;
 		size_t ldx = n;
 		if (drp.seeds) {
-			float *xd = scratch(TB * (to - from));
+			float *xd = hone_scratch(TB * (to - from));
 			for (int i = 0; i < m; i++) drop(&drp, t + i, from, to - from, xr + i * n, xd + i * (to - from), 0);
 			xr = xd;
 			ldx = to - from;
