@@ -150,20 +150,25 @@ static void share(int64_t n, int64_t unit, int ith, int nth, int64_t *from, int6
 	if (*to > n) *to = n;
 }
 
+float hone_norm_inverse(const float *x, int64_t n, float eps) {
+	vec s = splat(0.f);
+	for (int64_t i = 0; i < n; i += W) s += load(x + i) * load(x + i);
+	return 1.f / sqrtf(sum(s) / n + eps);
+}
+
+void hone_norm_scale(const float *x, float inverse, const float *gamma, float *y, int64_t n) {
+	for (int64_t i = 0; i < n; i += W) store(y + i, load(x + i) * inverse * load(gamma + i));
+}
+
 static void op_rms_norm(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
 	const struct ggml_tensor *x = dst->src[0];
-	const float *gamma = dst->src[1]->data;
 	int64_t D = x->ne[0], from, to;
 	float eps = paramf(dst, 0);
 	share(x->ne[1], 1, ith, nth, &from, &to);
 	for (int64_t t = from; t < to; t++) {
-		const float *xr = (const float *)x->data + t * D;
-		float *y = (float *)dst->data + t * D;
-		vec s = splat(0.f);
-		for (int64_t i = 0; i < D; i += W) s += load(xr + i) * load(xr + i);
-		float inv = 1.f / sqrtf(sum(s) / D + eps);
-		for (int64_t i = 0; i < D; i += W) store(y + i, load(xr + i) * inv * load(gamma + i));
+		const float *row = (const float *)x->data + t * D;
+		hone_norm_scale(row, hone_norm_inverse(row, D, eps), dst->src[1]->data, (float *)dst->data + t * D, D);
 	}
 }
 
@@ -193,16 +198,18 @@ static void op_rms_norm_back(struct ggml_tensor *dst, int ith, int nth, void *u)
 	}
 }
 
-static void op_swiglu(struct ggml_tensor *dst, int ith, int nth, void *u) {
-	(void)u;
-	const float *gate = dst->src[0]->data, *up = dst->src[1]->data;
-	float *y = dst->data;
-	int64_t from, to;
-	share(dst->ne[0] * dst->ne[1], W, ith, nth, &from, &to);
-	for (int64_t i = from; i < to; i += W) {
+void hone_swiglu(const float *gate, const float *up, float *y, int64_t n) {
+	for (int64_t i = 0; i < n; i += W) {
 		vec g = load(gate + i);
 		store(y + i, g / (1.f + vexp(-g)) * load(up + i));
 	}
+}
+
+static void op_swiglu(struct ggml_tensor *dst, int ith, int nth, void *u) {
+	(void)u;
+	int64_t from, to;
+	share(dst->ne[0] * dst->ne[1], W, ith, nth, &from, &to);
+	hone_swiglu((const float *)dst->src[0]->data + from, (const float *)dst->src[1]->data + from, (float *)dst->data + from, to - from);
 }
 
 static void op_swiglu_back(struct ggml_tensor *dst, int ith, int nth, void *u) {
@@ -610,6 +617,9 @@ static const ggml_custom_op_t ops[] = {
 	[HONE_LORA_DOWN] = op_lora_down,       [HONE_LORA_UP] = op_lora_up,             [HONE_LORA_OUTER] = op_lora_outer,
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
 	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,       [HONE_PACK] = hone_op_pack,
+	[HONE_NORM_QUANTIZE] = hone_op_norm_quantize,             [HONE_SWIGLU_QUANTIZE] = hone_op_swiglu_quantize,
+	[HONE_QUANTIZE_BYTES] = hone_op_quantize_bytes,           [HONE_NORM_QUANTIZE_BYTES] = hone_op_norm_quantize_bytes,
+	[HONE_SWIGLU_QUANTIZE_BYTES] = hone_op_swiglu_quantize_bytes, [HONE_REPACKED_MATMUL] = hone_op_repacked_matmul,
 };
 
 static struct ggml_tensor *with_params(struct ggml_tensor *t, const int32_t *p, int n) {

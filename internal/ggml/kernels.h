@@ -4,6 +4,7 @@
 #define HONE_GGML_KERNELS_H
 
 #include "packed.h"
+#include "repacked.h"
 
 // hone_watch counts the nodes that a computation has done and tells it to stop.
 struct hone_watch {
@@ -34,7 +35,19 @@ enum hone_op {
 	HONE_QUANTIZE,      // (x [K,T]) -> bytes of hone_activations
 	HONE_MATMUL,        // (bytes of hone_weights, bytes of hone_activations, residual [M,T] or none; K) -> W x + residual [M,T]
 	HONE_PACK,          // (W [in,out] of any type; transpose) -> bytes of hone_weights of W or of its transpose
+	HONE_NORM_QUANTIZE,         // (x [D,T], gamma [D]; eps) -> HONE_QUANTIZE of HONE_RMS_NORM
+	HONE_SWIGLU_QUANTIZE,       // (gate and up of each token [2F,T]) -> HONE_QUANTIZE of HONE_SWIGLU
+	HONE_QUANTIZE_BYTES,        // (x [K,T]) -> bytes of hone_group
+	HONE_NORM_QUANTIZE_BYTES,   // (x [D,T], gamma [D]; eps) -> HONE_QUANTIZE_BYTES of HONE_RMS_NORM
+	HONE_SWIGLU_QUANTIZE_BYTES, // (gate and up of each token [2F,T]) -> HONE_QUANTIZE_BYTES of HONE_SWIGLU
+	HONE_REPACKED_MATMUL,       // (repacked W, bytes of hone_group, residual [M,T] or none; layout, K) -> W x + residual [M,T]
 };
+
+// The float steps of operations that round their results: RMSNorm is hone_norm_scale(x, hone_norm_inverse(x, D, eps),
+// gamma, y, D) for each token. All n are multiples of 16.
+float hone_norm_inverse(const float *x, int64_t n, float eps);
+void hone_norm_scale(const float *x, float inverse, const float *gamma, float *y, int64_t n);
+void hone_swiglu(const float *gate, const float *up, float *y, int64_t n);
 
 void hone_op_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 

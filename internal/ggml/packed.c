@@ -123,6 +123,75 @@ void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 		}
 }
 
+// put_values rounds a part of token i of a group into consecutive blocks; the last one is filled up with zeros.
+INLINE void put_values(struct hone_activations *block, int i, const float *values, int64_t n) {
+	for (; n > 0; n -= B, values += B, block++) {
+		float copy[B] = {0};
+		if (n < B) {
+			memcpy(copy, values, n * sizeof(float));
+			values = copy;
+		}
+		block->scale[i] = quantize(values, HONE_ACTIVATION_MOST, block->m[i][0]);
+	}
+}
+
+INLINE void put_zeros(struct hone_activations *block, int i, int64_t blocks) {
+	for (; blocks > 0; blocks--, block++) {
+		memset(block->m[i], 0, sizeof block->m[i]);
+		block->scale[i] = 0;
+	}
+}
+
+// A part of a row between a float step and its rounding, which stays in the first-level cache.
+enum { PART = 8 * B };
+
+void hone_op_norm_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+	(void)userdata;
+	const struct ggml_tensor *src = dst->src[0];
+	const float *gamma = dst->src[1]->data;
+	int64_t K = src->ne[0], T = src->ne[1], blocks = parts(K, B), groups = parts(T, G);
+	float eps, y[PART];
+	memcpy(&eps, dst->op_params + HONE_PARAM, sizeof eps);
+	for (int64_t g = groups * ith / nth; g < groups * (ith + 1) / nth; g++) {
+		struct hone_activations *a = (struct hone_activations *)aligned(dst->data) + g * blocks;
+		for (int64_t t = g * G; t < (g + 1) * G; t++) {
+			if (t >= T) {
+				put_zeros(a, t % G, blocks);
+				continue;
+			}
+			const float *x = (const float *)src->data + t * K;
+			float inverse = hone_norm_inverse(x, K, eps);
+			for (int64_t k = 0; k < K; k += PART) {
+				int64_t n = K - k < PART ? K - k : PART;
+				hone_norm_scale(x + k, inverse, gamma + k, y, n);
+				put_values(a + k / B, t % G, y, n);
+			}
+		}
+	}
+}
+
+// hone_op_swiglu_quantize: a thread takes blocks of groups of tokens.
+void hone_op_swiglu_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+	(void)userdata;
+	const struct ggml_tensor *src = dst->src[0];
+	int64_t K = src->ne[0] / 2, T = src->ne[1], blocks = parts(K, B), units = parts(T, G) * blocks;
+	struct hone_activations *a = aligned(dst->data);
+	float y[B];
+	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
+		int64_t k = unit % blocks * B, n = K - k < B ? K - k : B;
+		for (int i = 0; i < G; i++) {
+			int64_t t = unit / blocks * G + i;
+			if (t >= T) {
+				put_zeros(a + unit, i, 1);
+				continue;
+			}
+			const float *gate = (const float *)src->data + t * 2 * K + k;
+			hone_swiglu(gate, gate + K, y, n);
+			put_values(a + unit, i, y, n);
+		}
+	}
+}
+
 // ---- product -----------------------------------------------------------------------------------------------------
 // tile computes f[token][output] for a group of tokens and a panel of outputs over the given blocks in order; with `more`
 // it adds to f. With AVX-512

@@ -44,6 +44,17 @@ func (x *Context) Quantize(v Tensor) Tensor {
 	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(v.Size(0)), C.int64_t(v.Size(1)))), 1, C.HONE_QUANTIZE, nil, v)
 }
 
+// NormQuantize is Quantize of RMSNorm of v [D, T], in one node and bit for bit the same; D is a multiple of 16.
+func (x *Context) NormQuantize(v, gamma Tensor, eps float32) Tensor {
+	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(v.Size(0)), C.int64_t(v.Size(1)))), 1, C.HONE_NORM_QUANTIZE, []C.int32_t{param(eps)}, v, gamma)
+}
+
+// SwiGLUQuantize is Quantize of SwiGLU of gate and up, which lie behind one another for each token: gateUp [2F, T], as a
+// product with both matrices stacked leaves them. The bits are those of the two nodes; F is a multiple of 16.
+func (x *Context) SwiGLUQuantize(gateUp Tensor) Tensor {
+	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(gateUp.Size(0)/2), C.int64_t(gateUp.Size(1)))), 1, C.HONE_SWIGLU_QUANTIZE, nil, gateUp)
+}
+
 // PackedMatMul is W x + residual [out, T]: w holds W [out, in] packed, v is Quantize of x [in, T]; residual may be the
 // zero Tensor. The error is about 1e-4 of the norms; the result does not depend on the number of threads.
 func (x *Context) PackedMatMul(w, v, residual Tensor, in, out, tokens int) Tensor {

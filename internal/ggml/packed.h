@@ -41,6 +41,8 @@ void hone_pack_rows(const float *src, void *dst, int64_t row0, int64_t n, int64_
 void hone_pack_transpose(const float *src, void *dst, int64_t row0, int64_t n, int64_t in, int64_t out);
 
 void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+void hone_op_norm_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+void hone_op_swiglu_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 #endif
