@@ -88,6 +88,11 @@ bench-train: model build/venv/bench ## speed of training beside PEFT, with pass 
 	@$(engine); go build -o build/peak ./scripts/bench/peak
 	@exec $(python) scripts/bench/train.py --hone bin/hone --peak build/peak --model $(HONE_TEST_MODEL) --out build
 
+.PHONY: bench-serve
+bench-serve: model build/venv/bench ## speed of answers beside llama-server and transformers, with pass or fail per bar (builds llama.cpp, about 10 minutes; runs about 25)
+	@llama=$$(scripts/bench/llama_server.sh $(python) build/llama); \
+	exec $(python) scripts/bench/serve.py --hone bin/hone --llama $$llama --model $(HONE_TEST_MODEL) --out build
+
 .PHONY: bench-quality
 bench-quality: model build/venv/bench ## what hone and PEFT learn on two tasks with three seeds (installs PyTorch; about 2 hours)
 	@$(python) scripts/bench/quality.py prepare --hone bin/hone --model $(HONE_TEST_MODEL) --data build/quality
@@ -107,7 +112,19 @@ test-peft: build model $(python) ## an exported adapter in PEFT gives the logits
 
 .PHONY: test-clients
 test-clients: build model $(openai_venv)/bin/python ## curl and the official openai-python against a running server
-	@scripts/sdk/run.sh bin/hone $(openai_venv)/bin/python
+	@scripts/with_server.sh bin/hone 'echo "== curl"; scripts/sdk/curl.sh $$base; \
+		echo "== openai-python"; $(openai_venv)/bin/python scripts/sdk/openai_client.py $$base/v1'
+
+frameworks := $(cache)/frameworks-$(shell cat scripts/frameworks/requirements.txt scripts/frameworks/package.json | sha256sum | cut -c1-16)
+.PHONY: test-frameworks
+test-frameworks: build model $(frameworks)/ready ## instructor, litellm, langchain-openai and the Vercel AI SDK against a running server
+	@scripts/with_server.sh bin/hone '$(frameworks)/venv/bin/python scripts/frameworks/frameworks.py $$base/v1; \
+		cp scripts/frameworks/ai_sdk.mjs $(frameworks)/; PATH=$(frameworks)/venv/bin:$$PATH node $(frameworks)/ai_sdk.mjs $$base/v1'
+
+lmeval := $(cache)/lmeval-$(shell sha256sum < scripts/lmeval/requirements.txt | cut -c1-16)
+.PHONY: test-lmeval
+test-lmeval: build model $(lmeval)/ready ## lm-evaluation-harness against a running server: its accuracy is the predictor's
+	@scripts/with_server.sh bin/hone '$(lmeval)/bin/python scripts/lmeval/run.py bin/hone $$base examples/mcq build/lmeval'
 
 .PHONY: golden
 golden: model $(python) ## compute the trainer's golden files again (installs PyTorch)
@@ -118,6 +135,18 @@ golden: model $(python) ## compute the trainer's golden files again (installs Py
 $(python): scripts/golden/requirements.txt
 	python3 -m venv build/venv
 	build/venv/bin/pip install --quiet --requirement $<
+	@touch $@
+
+$(frameworks)/ready:
+	python3 -m venv $(@D)/venv
+	$(@D)/venv/bin/pip install --quiet --requirement scripts/frameworks/requirements.txt
+	cp scripts/frameworks/package.json $(@D)
+	cd $(@D) && PATH=$(@D)/venv/bin:$$PATH npm install --no-audit --no-fund --silent
+	@touch $@
+
+$(lmeval)/ready:
+	python3 -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement scripts/lmeval/requirements.txt
 	@touch $@
 
 # Made under another name, so that an interrupted installation is never taken for a finished one.

@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Starts a server on a free port over a throw-away data directory and lets other people's clients use it: curl
-# (curl.sh) and the official openai-python (openai_client.py). Ends with code 0 if both did everything.
+# Starts a server on a free port over a throw-away data directory and runs a shell command beside it, which finds its
+# address in $base. Ends with the command's code, and after a failure with the end of the server's log.
 #
-#     scripts/sdk/run.sh bin/hone path/to/python-with-openai
+#     scripts/with_server.sh bin/hone 'curl $base/health'
 set -euo pipefail
 hone=$(realpath "$1")
-python=$2
-here=$(cd "$(dirname "$0")" && pwd)
+command=$2
 
 home=$(mktemp -d)
 export HONE_HOME=$home HONE_HOST=127.0.0.1
 HONE_PORT=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export HONE_PORT
-base=http://127.0.0.1:$HONE_PORT
+export base=http://127.0.0.1:$HONE_PORT
 # Job control off and a direct child: "$server" is the server's own process id.
 "$hone" serve >"$home/server.log" 2>&1 &
 server=$!
@@ -40,7 +39,4 @@ for ((i = 0; ; i++)); do
 	sleep 0.5
 done
 
-echo "== curl"
-"$here/curl.sh" "$base"
-echo "== openai-python"
-"$python" "$here/openai_client.py" "$base/v1"
+bash -euo pipefail -c "$command"
