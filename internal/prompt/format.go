@@ -2,73 +2,83 @@ package prompt
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
+	"regexp"
+	"strings"
 
-	"github.com/hone-llm/hone/internal/child"
-	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/wire"
+	"github.com/hone-llm/hone/third_party/jinja"
 )
 
-// ChatOptions say how a conversation becomes a prompt, and what its answer may hold.
-type ChatOptions struct {
-	Tools             json.RawMessage  // OpenAI's array; nil, null and [] mean none
-	ToolChoice        child.ToolChoice // "" is auto
-	ParallelToolCalls bool
+// toolForm is how a model family writes a call.
+type toolForm int
 
-	EnableThinking       *bool
-	ReasoningEffort      string
-	ContinueFinalMessage bool // the last message is the assistant's, and the completion goes on with it
-	// Answer says that the completion is constrained (to a choice, a schema, ...), so that it can neither reason nor call tools.
-	Answer bool
-}
+const (
+	// unknownForm is none that a Parser reads; tools are then stated in Hermes' form.
+	unknownForm toolForm = iota
+	// hermesForm is <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>, once for each call: Hermes, Qwen 2.5, Qwen 3.
+	hermesForm
+	// llamaForm is {"name": ..., "parameters": {...}} as the whole answer, possibly after <|python_tag|>: Llama 3.1 and later.
+	llamaForm
+)
 
-// ChatPrompt is a prompt, and how the completions that follow it are constrained and read.
-type ChatPrompt struct {
-	Tokens []engine.Token
-	// Constraint makes the calls of tools well-formed; nil if there is nothing to call.
-	Constraint *child.Constraint
-}
+// Tags that models put around calls and reasoning.
+const (
+	callStart  = "<tool_call>"
+	callEnd    = "</tool_call>"
+	thinkStart = "<think>"
+	thinkEnd   = "</think>"
+	pythonTag  = "<|python_tag|>"
+)
 
-// NewParser returns a parser for one completion of the prompt.
-func (p *ChatPrompt) NewParser() *Parser { return &Parser{} }
+var (
+	hermesCall = regexp.MustCompile(`<tool_call>\s*\{\s*"name":\s*"probedcall",\s*"arguments":\s*\{\s*"probedkey":\s*"probedvalue"\s*\}\s*\}\s*</tool_call>`)
+	llamaCall  = regexp.MustCompile(`\{\s*"name":\s*"probedcall",\s*"parameters":\s*\{\s*"probedkey":\s*"probedvalue"\s*\}\s*\}`)
+)
 
-// ChatPrompt returns the prompt of a conversation. The error is ErrNoTemplate, a *MessageError or the context's.
-func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o ChatOptions) (*ChatPrompt, error) {
-	if o.ContinueFinalMessage || len(o.Tools) > 0 {
-		return nil, &MessageError{Message: -1, Err: errors.New("tools and continue_final_message are not supported")}
+// formOf recognises the form in which probeTools' call is written.
+func formOf(text string) toolForm {
+	switch {
+	case hermesCall.MatchString(text):
+		return hermesForm
+	case llamaCall.MatchString(text):
+		return llamaForm
 	}
-	tokens, err := b.Prompt(ctx, messages)
-	if o.Answer {
-		tokens, err = b.AnswerPrompt(ctx, messages)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return &ChatPrompt{Tokens: tokens}, nil
+	return unknownForm
 }
 
-// Delta is what a piece of a completion adds to the message: content, reasoning and calls.
-type Delta struct {
-	Text      string
-	Reasoning string
-	ToolCalls []child.ToolCallDelta
+// thinking is what a template does about <think> blocks.
+type thinking struct {
+	thinks   bool // the model's answers may begin with a block
+	switches bool // enable_thinking changes the prompt
+	systems  bool // it writes system messages
 }
 
-// Parser takes a completion apart. It is not safe for concurrent use.
-type Parser struct{ called bool }
-
-// Add appends a part of the completion's text, with the names of special tokens in it, and returns what it adds to the
-// message. What may become a tag is held back.
-func (p *Parser) Add(text string) []Delta {
-	if text == "" {
-		return nil
+// probeThinking renders small conversations. A template of a model that thinks opens a block in its generation prompt,
+// or closes one there when thinking is off, or writes an empty one into an answer without reasoning, or drops the
+// reasoning of earlier answers.
+func (b *Builder) probeThinking() thinking {
+	ctx := context.Background() // bounded by the limits of a rendering
+	question := wire.Message{Role: "user", Content: "x"}
+	text := func(vars variables, generationPrompt bool, messages ...wire.Message) string {
+		text, err := b.render(ctx, Chat{Messages: messages}, generationPrompt, vars)
+		if err != nil {
+			return ""
+		}
+		return text
 	}
-	return []Delta{{Text: text}}
+	var t thinking
+	plain := text(nil, true, question)
+	on := text(variables{"enable_thinking": jinja.NewBool(true)}, true, question)
+	off := text(variables{"enable_thinking": jinja.NewBool(false)}, true, question)
+	t.switches = on != off
+	for _, prompt := range []string{plain, on, off} {
+		prompt = strings.TrimSpace(prompt)
+		t.thinks = t.thinks || strings.HasSuffix(prompt, thinkStart) || strings.HasSuffix(prompt, thinkEnd)
+	}
+	answered := text(nil, false, question, wire.Message{Role: "assistant", Content: "probedanswer"})
+	earlier := text(nil, true, question, wire.Message{Role: "assistant", Content: "<think>\nprobedreason\n</think>\n\nprobedanswer"}, question)
+	t.thinks = t.thinks || strings.Contains(answered, thinkStart) ||
+		strings.Contains(earlier, "probedanswer") && !strings.Contains(earlier, "probedreason")
+	t.systems = strings.Contains(text(nil, true, wire.Message{Role: "system", Content: "probedsystem"}, question), "probedsystem")
+	return t
 }
-
-// End returns what was held back. The completion is over.
-func (p *Parser) End() []Delta { return nil }
-
-// Called tells whether the completion has called a tool.
-func (p *Parser) Called() bool { return p.called }

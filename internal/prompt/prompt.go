@@ -87,7 +87,8 @@ var ErrNoTemplate = errors.New("the model has no chat template: " +
 // too long to render, tool arguments that are no JSON object. The request or the training row is at fault, or the
 // model's template; not the server.
 type MessageError struct {
-	Message int // index of the message at fault, -1 for the conversation
+	Message int    // index of the message at fault, -1 for the conversation
+	Param   string // the part of the request at fault: tools, tool_choice; "" for messages
 	Err     error
 }
 
@@ -111,6 +112,7 @@ type Builder struct {
 	// spacePrefix tells that the tokenizer puts a space before a text, as SentencePiece's do: not wanted within a turn.
 	spacePrefix bool
 	tools       func() toolSupport // of the template, probed at the first call
+	thinking    func() thinking    // the same
 	identity    func() (string, error)
 }
 
@@ -159,6 +161,7 @@ func New(o Options) (*Builder, error) {
 		b.globals = globals(o)
 	}
 	b.tools = sync.OnceValue(b.probeTools)
+	b.thinking = sync.OnceValue(b.probeThinking)
 	b.identity = sync.OnceValues(b.computeDigest)
 	if o.TokenizerJSON != "" {
 		tokenizer, err := openTokenizer(o.TokenizerJSON, o.Vocabulary)
@@ -203,7 +206,7 @@ func (c Chat) with(m wire.Message) Chat {
 
 // Text renders the messages and the generation prompt: the text that the model continues with its turn.
 func (b *Builder) Text(ctx context.Context, messages []wire.Message) (string, error) {
-	return b.render(ctx, Chat{Messages: messages}, true)
+	return b.render(ctx, Chat{Messages: messages}, true, nil)
 }
 
 // Prompt returns the tokens of Text.
@@ -212,7 +215,7 @@ func (b *Builder) Prompt(ctx context.Context, messages []wire.Message) ([]engine
 }
 
 func (b *Builder) prompt(ctx context.Context, chat Chat) ([]engine.Token, error) {
-	text, err := b.render(ctx, chat, true)
+	text, err := b.render(ctx, chat, true, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -227,23 +230,35 @@ func (b *Builder) AnswerPrompt(ctx context.Context, messages []wire.Message) ([]
 }
 
 func (b *Builder) answerPrompt(ctx context.Context, chat Chat) ([]engine.Token, error) {
-	turn, err := b.turn(ctx, chat.with(wire.Message{Role: "assistant", Content: "x"}))
+	text, think, err := b.answerText(ctx, chat, nil)
+	if err != nil {
+		return nil, err
+	}
+	return b.joined(text, think)
+}
+
+// answerText is the text of an answerPrompt, up to the empty block, and the block, "" if there is none.
+func (b *Builder) answerText(ctx context.Context, chat Chat, vars variables) (text, think string, err error) {
+	turn, err := b.turn(ctx, chat.with(wire.Message{Role: "assistant", Content: "x"}), vars)
 	if message := new(MessageError); errors.As(err, &message) {
 		// The template takes no answer after these messages, or writes it in its own way: there is no block to close.
-		return b.prompt(ctx, chat)
+		text, err = b.render(ctx, chat, true, vars)
+		return text, "", err
 	}
+	return turn.prompt, turn.think, err
+}
+
+// joined returns the tokens of rendered text and of what continues it.
+func (b *Builder) joined(text, more string) ([]engine.Token, error) {
+	tokens, err := b.tokenize(text)
 	if err != nil {
 		return nil, err
 	}
-	tokens, err := b.tokenize(turn.prompt)
+	rest, err := b.Continuation(more)
 	if err != nil {
 		return nil, err
 	}
-	think, err := b.Continuation(turn.think)
-	if err != nil {
-		return nil, err
-	}
-	return append(tokens, think...), nil
+	return append(tokens, rest...), nil
 }
 
 // Encode returns the tokens of a plain text, with BOS before it if the model wants that. Names of special tokens in

@@ -42,18 +42,27 @@ func globals(o Options) map[string]jinja.Value {
 	}
 }
 
-// render runs the template over a conversation, within the limits. The error is ErrNoTemplate, a *MessageError or the
-// context's.
-func (b *Builder) render(ctx context.Context, chat Chat, generationPrompt bool) (string, error) {
-	textArguments := false
-	if b.template != nil && slices.ContainsFunc(chat.Messages, func(m wire.Message) bool { return len(m.ToolCalls) > 0 }) {
-		textArguments = b.tools().textArguments
-	}
-	return b.renderAs(ctx, chat, generationPrompt, textArguments)
+// variables are what a rendering has besides the messages, the tools and the globals; templates that do not know one ignore it.
+type variables map[string]jinja.Value
+
+// callStyle is how a template takes tool calls, where there are several ways.
+type callStyle struct {
+	textArguments bool // the arguments as the JSON text that they come as, not as an object
+	emptyContent  bool // the content of a message that only calls tools as "", not as none
 }
 
-// renderAs is render with the arguments of tool calls as objects, or as the JSON texts that they come as.
-func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt, textArguments bool) (string, error) {
+// render runs the template over a conversation, within the limits. The error is ErrNoTemplate, a *MessageError or the
+// context's.
+func (b *Builder) render(ctx context.Context, chat Chat, generationPrompt bool, vars variables) (string, error) {
+	var style callStyle
+	if b.template != nil && slices.ContainsFunc(chat.Messages, func(m wire.Message) bool { return len(m.ToolCalls) > 0 }) {
+		style = b.tools().style
+	}
+	return b.renderAs(ctx, chat, generationPrompt, vars, style)
+}
+
+// renderAs is render with a given style of calls.
+func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt bool, vars variables, style callStyle) (string, error) {
 	if b.template == nil {
 		return "", ErrNoTemplate
 	}
@@ -61,14 +70,17 @@ func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt, tex
 	if len(messages) == 0 && generationPrompt {
 		return "", &MessageError{Message: -1, Err: errors.New("no messages before the assistant's turn")}
 	}
-	data := make(map[string]jinja.Value, len(b.globals)+2)
+	data := make(map[string]jinja.Value, len(b.globals)+len(vars)+2)
 	for name, value := range b.globals {
+		data[name] = value
+	}
+	for name, value := range vars {
 		data[name] = value
 	}
 	items := make([]jinja.Value, len(messages))
 	for i := range messages {
 		var err error
-		if items[i], err = messageValue(&messages[i], textArguments); err != nil {
+		if items[i], err = messageValue(&messages[i], style); err != nil {
 			return "", &MessageError{Message: i, Err: err}
 		}
 	}
@@ -103,13 +115,13 @@ func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt, tex
 }
 
 // messageValue is a message as transformers' users pass it: keys that are not set are absent, tool arguments are
-// objects, and the content of an assistant's message that only calls tools is none.
-func messageValue(m *wire.Message, textArguments bool) (jinja.Value, error) {
+// objects, and the content of an assistant's message that only calls tools is none, unless the style says otherwise.
+func messageValue(m *wire.Message, style callStyle) (jinja.Value, error) {
 	v := jinja.NewDict()
 	d := v.AsDict()
 	text := func(s string) jinja.Value { return jinja.NewString(strings.ToValidUTF8(s, "\uFFFD")) }
 	d.Set("role", text(m.Role))
-	if m.Content == "" && len(m.ToolCalls) > 0 {
+	if m.Content == "" && len(m.ToolCalls) > 0 && !style.emptyContent {
 		d.Set("content", jinja.None())
 	} else {
 		d.Set("content", text(m.Content))
@@ -120,18 +132,11 @@ func messageValue(m *wire.Message, textArguments bool) (jinja.Value, error) {
 	if len(m.ToolCalls) > 0 {
 		calls := make([]jinja.Value, len(m.ToolCalls))
 		for i, call := range m.ToolCalls {
-			arguments := jinja.NewDict()
-			if strings.TrimSpace(call.Function.Arguments) != "" {
-				var err error
-				arguments, err = jinja.FromJSON([]byte(call.Function.Arguments))
-				if err != nil {
-					return v, fmt.Errorf("tool_calls[%d].function.arguments is not JSON: %w", i, err)
-				}
-				if !arguments.IsDict() {
-					return v, fmt.Errorf("tool_calls[%d].function.arguments must be a JSON object, not %.40q", i, call.Function.Arguments)
-				}
+			arguments, err := argumentsValue(call.Function.Arguments)
+			if err != nil {
+				return v, fmt.Errorf("tool_calls[%d].function.arguments %w", i, err)
 			}
-			if textArguments {
+			if style.textArguments {
 				arguments = text(call.Function.Arguments)
 			}
 			function := jinja.NewDict()
@@ -155,4 +160,20 @@ func messageValue(m *wire.Message, textArguments bool) (jinja.Value, error) {
 		d.Set("tool_call_id", text(m.ToolCallID))
 	}
 	return v, nil
+}
+
+// argumentsValue reads the arguments of a call, a JSON object; no text is an object without keys. The error continues
+// a sentence that begins with the name of the field.
+func argumentsValue(text string) (jinja.Value, error) {
+	if strings.TrimSpace(text) == "" {
+		return jinja.NewDict(), nil
+	}
+	arguments, err := jinja.FromJSON([]byte(text))
+	if err != nil {
+		return arguments, fmt.Errorf("is not JSON: %w", err)
+	}
+	if !arguments.IsDict() {
+		return arguments, fmt.Errorf("must be a JSON object, not %.40q", text)
+	}
+	return arguments, nil
 }

@@ -260,7 +260,7 @@ type turnTokens struct {
 
 func (b *Builder) turnTokens(ctx context.Context, chat Chat) (turnTokens, error) {
 	last := len(chat.Messages) - 1
-	turn, err := b.turn(ctx, chat)
+	turn, err := b.turn(ctx, chat, nil)
 	if err != nil {
 		return turnTokens{}, err
 	}
@@ -300,13 +300,13 @@ type turn struct {
 var emptyThink = regexp.MustCompile(`^(?:<think>)?\n*</think>\n{0,2}`)
 
 // turn renders the last message, an assistant's, as the model has to say it.
-func (b *Builder) turn(ctx context.Context, chat Chat) (turn, error) {
+func (b *Builder) turn(ctx context.Context, chat Chat, vars variables) (turn, error) {
 	last := len(chat.Messages) - 1
-	prompt, err := b.render(ctx, Chat{chat.Messages[:last], chat.Tools}, true)
+	prompt, err := b.render(ctx, Chat{chat.Messages[:last], chat.Tools}, true, vars)
 	if err != nil {
 		return turn{}, err
 	}
-	whole, err := b.render(ctx, chat, false)
+	whole, err := b.render(ctx, chat, false, vars)
 	if err != nil {
 		return turn{}, err
 	}

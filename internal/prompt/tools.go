@@ -13,7 +13,8 @@ import (
 // toolSupport is what a template writes of tools.
 type toolSupport struct {
 	definitions, calls, results probed
-	textArguments               bool // it takes the arguments of a call as JSON text, not as an object
+	style                       callStyle
+	form                        toolForm // of a call
 }
 
 // probed says whether a template writes something; err, that it refused the probe, so that this is not known.
@@ -35,16 +36,21 @@ func (b *Builder) probeTools() toolSupport {
 
 	var s toolSupport
 	ctx := context.Background() // bounded by the limits of a rendering
-	text, err := b.renderAs(ctx, Chat{[]wire.Message{question}, tools}, true, false)
+	text, err := b.renderAs(ctx, Chat{[]wire.Message{question}, tools}, true, nil, callStyle{})
 	s.definitions = probed{strings.Contains(text, "probedname"), err}
 
 	chat := Chat{[]wire.Message{question, call, result}, tools}
-	text, err = b.renderAs(ctx, chat, true, false)
-	if err != nil {
-		if asText, textErr := b.renderAs(ctx, chat, true, true); textErr == nil {
-			text, err, s.textArguments = asText, nil, true
+	text, err = b.renderAs(ctx, chat, true, nil, callStyle{})
+	for _, style := range []callStyle{{textArguments: true}, {emptyContent: true}, {textArguments: true, emptyContent: true}} {
+		if err == nil {
+			break
+		}
+		other, otherErr := b.renderAs(ctx, chat, true, nil, style)
+		if otherErr == nil && (!style.emptyContent || strings.Contains(other, "probedcall")) {
+			text, err, s.style = other, nil, style
 		}
 	}
+	s.form = formOf(text)
 	s.calls = probed{strings.Contains(text, "probedcall") && strings.Contains(text, "probedvalue"), err}
 	s.results = probed{strings.Contains(text, "probedresult"), err}
 	return s
@@ -93,7 +99,7 @@ func (b *Builder) writes(ctx context.Context, chat Chat, what string, message in
 		return nil
 	case err != nil:
 		// It may take the row although it does not take the probe.
-		if _, err = b.render(ctx, chat, false); err == nil || ctx.Err() != nil {
+		if _, err = b.render(ctx, chat, false, nil); err == nil || ctx.Err() != nil {
 			return err
 		}
 	}

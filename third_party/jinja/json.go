@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 // FromJSON decodes one JSON value. Objects keep the order of their keys, which FromGoValue cannot know, and numbers
@@ -65,4 +66,20 @@ func decodeJSON(decoder *json.Decoder, depth int) (Value, error) {
 		return d, err
 	}
 	return FromGoValue(token), nil
+}
+
+// ToJSON encodes a value as the filter tojson does: with Python's spaces, keys in order, HTML not escaped.
+func ToJSON(v Value) (text string, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			limit, ok := r.(*LimitError)
+			if !ok {
+				panic(r)
+			}
+			err = limit
+		}
+	}()
+	var sb strings.Builder
+	err = encodeValueJSON(&sb, v, -1, 0)
+	return sb.String(), err
 }
