@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -38,15 +39,33 @@ type Config struct {
 	AllowRemote   bool          `mapstructure:"allow_remote"`
 	AllowedHosts  []string      `mapstructure:"allowed_hosts"`
 	DefaultModel  string        `mapstructure:"default_model"`
+	Memory        string        `mapstructure:"memory"` // auto, or a size
 	ContextTokens int           `mapstructure:"context_tokens"`
+	ContextOf     []string      `mapstructure:"model_context_tokens"` // NAME=TOKENS
 	Sequences     int           `mapstructure:"sequences"`
 	Threads       int           `mapstructure:"threads"`
 	Device        string        `mapstructure:"device"` // auto, cpu, cuda
 	LoadTimeout   time.Duration `mapstructure:"load_timeout"`
 	ShutdownGrace time.Duration `mapstructure:"shutdown_grace"`
+	Runner        Runner        `mapstructure:"runner"`
 	Trainer       Trainer       `mapstructure:"trainer"`
 	Log           Log           `mapstructure:"log"`
 }
+
+// Runner says how base models are kept in memory and served.
+type Runner struct {
+	IdleTimeout   time.Duration `mapstructure:"idle_timeout"`
+	Wait          time.Duration `mapstructure:"wait"`
+	HangTimeout   time.Duration `mapstructure:"hang_timeout"`
+	Engine        string        `mapstructure:"engine"`     // auto, own, llama
+	CacheType     string        `mapstructure:"cache_type"` // f16, q8_0
+	CacheTokens   int           `mapstructure:"cache_tokens"`
+	Queue         int           `mapstructure:"queue"`
+	AdapterMemory string        `mapstructure:"adapter_memory"`
+}
+
+// AdapterBytes is AdapterMemory as a number; 0 is the default.
+func (r Runner) AdapterBytes() int64 { return bytesOf(r.AdapterMemory) }
 
 // Trainer says what fine-tuning jobs compute on.
 type Trainer struct {
@@ -55,21 +74,64 @@ type Trainer struct {
 }
 
 // MemoryBytes is Memory as a number; 0 is what is free.
-func (t Trainer) MemoryBytes() int64 {
-	n, err := t.memoryBytes()
+func (t Trainer) MemoryBytes() int64 { return bytesOf(t.Memory) }
+
+// MemoryBytes is Memory as a number; 0 is automatic.
+func (c *Config) MemoryBytes() int64 {
+	if c.Memory == automatic {
+		return 0
+	}
+	return bytesOf(c.Memory)
+}
+
+// ContextTokensOf is ContextOf as numbers by name.
+func (c *Config) ContextTokensOf() map[string]int {
+	tokens, err := c.contextTokensOf()
 	if err != nil {
-		return 0 // Validate has refused it
+		return nil // Validate has refused it
+	}
+	return tokens
+}
+
+func (c *Config) contextTokensOf() (map[string]int, error) {
+	tokens := map[string]int{}
+	for _, entry := range c.ContextOf {
+		name, number, ok := strings.Cut(entry, "=")
+		name = strings.TrimSpace(name)
+		n, err := strconv.Atoi(strings.TrimSpace(number))
+		if !ok || err != nil || name == "" || n < 1 || n > maxContextTokens {
+			return nil, fmt.Errorf("%q is no NAME=TOKENS", entry)
+		}
+		if _, twice := tokens[name]; twice {
+			return nil, fmt.Errorf("%q is there twice", name)
+		}
+		tokens[name] = n
+	}
+	return tokens, nil
+}
+
+const (
+	automatic        = "auto"
+	maxContextTokens = 1 << 20
+)
+
+// bytesOf is parseBytes of what Validate has let pass.
+func bytesOf(text string) int64 {
+	n, err := parseBytes(text)
+	if err != nil {
+		return 0
 	}
 	return n
 }
 
-func (t Trainer) memoryBytes() (int64, error) {
-	if t.Memory == "" {
+// parseBytes reads a size such as 12GiB; "" is 0.
+func parseBytes(text string) (int64, error) {
+	if text == "" {
 		return 0, nil
 	}
-	n, err := humanize.ParseBytes(t.Memory)
+	n, err := humanize.ParseBytes(text)
 	if err != nil || n > 1<<50 {
-		return 0, fmt.Errorf("%q is no size", t.Memory)
+		return 0, fmt.Errorf("%q is no size", text)
 	}
 	return int64(n), nil
 }
@@ -223,6 +285,9 @@ func dataDir(dir string) (string, error) {
 	return abs, nil
 }
 
+// minMemory is the least budget with which any model can be served.
+const minMemory = 64 << 20
+
 // Validate reports every value that cannot work, each with its key.
 func (c *Config) Validate() error {
 	var errs []error
@@ -246,7 +311,8 @@ func (c *Config) Validate() error {
 		key        string
 		value, max int
 	}{
-		{"context_tokens", c.ContextTokens, 1 << 20}, {"sequences", c.Sequences, 256}, {"threads", c.Threads, 1024},
+		{"context_tokens", c.ContextTokens, maxContextTokens}, {"sequences", c.Sequences, 256}, {"threads", c.Threads, 1024},
+		{"runner.cache_tokens", c.Runner.CacheTokens, 1 << 24}, {"runner.queue", c.Runner.Queue, 1 << 16},
 	} {
 		if number.value < 0 || number.value > number.max {
 			bad(number.key, number.value, fmt.Sprintf("0 (automatic) to %d", number.max))
@@ -263,8 +329,36 @@ func (c *Config) Validate() error {
 			bad(d.key, fmt.Sprintf("%q", d.value), "one of "+strings.Join(devices, ", "))
 		}
 	}
-	if _, err := c.Trainer.memoryBytes(); err != nil {
+	if _, err := parseBytes(c.Trainer.Memory); err != nil {
 		bad("trainer.memory", fmt.Sprintf("%q", c.Trainer.Memory), "0 (what is free) or a size such as 12GiB")
+	}
+	if n, err := parseBytes(c.Memory); c.Memory != automatic && (err != nil || n < minMemory) {
+		bad("memory", fmt.Sprintf("%q", c.Memory), "auto, or a size such as 12GiB, at least "+humanize.IBytes(minMemory))
+	}
+	if _, err := c.contextTokensOf(); err != nil {
+		bad("model_context_tokens", err, fmt.Sprintf("a list of NAME=TOKENS, with 1 to %d tokens", maxContextTokens))
+	}
+	for _, d := range []struct {
+		key          string
+		value, least time.Duration
+		expected     string
+	}{
+		{"runner.idle_timeout", c.Runner.IdleTimeout, 0, "0 (never) or a duration such as 10m"},
+		{"runner.wait", c.Runner.Wait, 1, "a positive duration such as 1m"},
+		{"runner.hang_timeout", c.Runner.HangTimeout, time.Second, "a duration of at least 1s, such as 2m"},
+	} {
+		if d.value < d.least {
+			bad(d.key, d.value, d.expected)
+		}
+	}
+	if engines := []string{automatic, "own", "llama"}; !slices.Contains(engines, c.Runner.Engine) {
+		bad("runner.engine", fmt.Sprintf("%q", c.Runner.Engine), "one of "+strings.Join(engines, ", "))
+	}
+	if types := []string{"f16", "q8_0"}; !slices.Contains(types, c.Runner.CacheType) {
+		bad("runner.cache_type", fmt.Sprintf("%q", c.Runner.CacheType), "one of "+strings.Join(types, ", "))
+	}
+	if _, err := parseBytes(c.Runner.AdapterMemory); err != nil {
+		bad("runner.adapter_memory", fmt.Sprintf("%q", c.Runner.AdapterMemory), "a size such as 256MiB")
 	}
 	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
 		bad("log.level", fmt.Sprintf("%q", c.Log.Level), "one of "+strings.Join(levels, ", "))

@@ -11,6 +11,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+var defaultRunner = Runner{
+	IdleTimeout: 10 * time.Minute, Wait: time.Minute, HangTimeout: 2 * time.Minute, Engine: "auto", CacheType: "f16", AdapterMemory: "0",
+}
+
 func TestDefaultHasEveryKey(t *testing.T) {
 	t.Setenv("XDG_DATA_HOME", "/data")
 	got, err := Default()
@@ -19,7 +23,8 @@ func TestDefaultHasEveryKey(t *testing.T) {
 	}
 	want := Config{
 		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, DefaultModel: "SmolLM2-135M-Instruct",
-		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Device: "cpu", Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "info", Format: "text"},
+		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Device: "cpu", Memory: "auto", ContextOf: []string{}, Runner: defaultRunner,
+		Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "info", Format: "text"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -53,14 +58,20 @@ func TestLoadOrder(t *testing.T) {
 	t.Setenv("HONE_THREADS", "3")
 	t.Setenv("HONE_LOG_LEVEL", "debug")
 	t.Setenv("HONE_ALLOWED_HOSTS", "a.example,b.example")
-	write(t, filepath.Join(home, FileName), "port: 1\nthreads: 2\nsequences: 2\nlog:\n  format: json\nshutdown_grace: 3s\n")
+	t.Setenv("HONE_MODEL_CONTEXT_TOKENS", "a=5,b.Q4_1=6")
+	t.Setenv("HONE_RUNNER_IDLE_TIMEOUT", "0")
+	t.Setenv("HONE_MEMORY", "4GiB")
+	runner := defaultRunner
+	runner.IdleTimeout, runner.CacheType = 0, "q8_0"
+	write(t, filepath.Join(home, FileName), "port: 1\nthreads: 2\nsequences: 2\nlog:\n  format: json\nshutdown_grace: 3s\nrunner:\n  cache_type: q8_0\n")
 	got, err := Load(Sources{Flags: map[string]any{"port": 9}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := Config{
 		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, DefaultModel: "SmolLM2-135M-Instruct",
-		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Device: "cpu", Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "debug", Format: "json"},
+		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Device: "cpu", Memory: "4GiB", ContextOf: []string{"a=5", "b.Q4_1=6"}, Runner: runner,
+		Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "debug", Format: "json"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -70,12 +81,15 @@ func TestLoadOrder(t *testing.T) {
 func TestLoadReportsEverythingAtOnce(t *testing.T) {
 	t.Setenv("HONE_HOME", t.TempDir())
 	path := filepath.Join(t.TempDir(), "own.yaml")
-	write(t, path, "prot: 1\nport: 70000\nhost: 0.0.0.0\nlog:\n  level: loud\n  colour: yes\nthreads: -1\ntrainer:\n  device: tpu\n  memory: much\n")
+	write(t, path, "prot: 1\nport: 70000\nhost: 0.0.0.0\nlog:\n  level: loud\n  colour: yes\nthreads: -1\ntrainer:\n  device: tpu\n  memory: much\n"+
+		"memory: 1MiB\nmodel_context_tokens: [a=1, b]\nrunner:\n  idle_timeout: -1s\n  wait: 0\n  hang_timeout: 1ms\n  engine: jet\n  cache_type: f8\n  cache_tokens: -1\n  queue: 100000\n  adapter_memory: lots\n")
 	_, err := Load(Sources{File: path})
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1", `trainer.device: "tpu"`, `trainer.memory: "much"`} {
+	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1", `trainer.device: "tpu"`, `trainer.memory: "much"`,
+		`memory: "1MiB"`, `model_context_tokens: "b" is no NAME=TOKENS`, "runner.idle_timeout: -1s", "runner.wait: 0s", "runner.hang_timeout: 1ms", `runner.engine: "jet"`,
+		`runner.cache_type: "f8"`, "runner.cache_tokens: -1", "runner.queue: 100000", `runner.adapter_memory: "lots"`} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in the error:\n%v", want, err)
 		}
@@ -113,6 +127,26 @@ func TestTrainerMemory(t *testing.T) {
 		if got := (Trainer{Memory: text}).MemoryBytes(); got != want {
 			t.Errorf("%q is %d bytes, want %d", text, got, want)
 		}
+	}
+}
+
+func TestMemoryAndContext(t *testing.T) {
+	for text, want := range map[string]int64{"auto": 0, "64MiB": 64 << 20, "4GiB": 4 << 30} {
+		if got := (&Config{Memory: text}).MemoryBytes(); got != want {
+			t.Errorf("%q is %d bytes, want %d", text, got, want)
+		}
+	}
+	got := (&Config{ContextOf: []string{"a = 5", "b.Q4_1=6"}}).ContextTokensOf()
+	if diff := cmp.Diff(map[string]int{"a": 5, "b.Q4_1": 6}, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	for _, bad := range []string{"a", "=5", "a=", "a=0", "a=-1", "a=9999999"} {
+		if _, err := (&Config{ContextOf: []string{bad}}).contextTokensOf(); err == nil {
+			t.Errorf("%q was accepted", bad)
+		}
+	}
+	if _, err := (&Config{ContextOf: []string{"a=1", "a=2"}}).contextTokensOf(); err == nil {
+		t.Error("two sizes of one model were accepted")
 	}
 }
 

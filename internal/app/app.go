@@ -59,6 +59,7 @@ type App struct {
 
 	state    *store.Store
 	registry *adapters.Registry
+	memory   *child.Memory
 	runners  *child.Runners
 	jobs     *finetune.Jobs
 	listener net.Listener
@@ -110,9 +111,16 @@ func (a *App) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	a.memory = child.NewMemory(a.cfg.MemoryBytes())
 	a.runners = child.NewRunners(child.RunnersOptions{
-		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger, ReadyTimeout: a.cfg.LoadTimeout,
-		ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads, Device: a.cfg.Device,
+		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger,
+		Config: child.RunnerConfig{
+			ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads, Device: a.cfg.Device,
+			Engine: a.cfg.Runner.Engine, CacheTokens: a.cfg.Runner.CacheTokens, CacheType: a.cfg.Runner.CacheType,
+			Queue: a.cfg.Runner.Queue, AdapterBytes: a.cfg.Runner.AdapterBytes(),
+		},
+		ContextTokens: a.cfg.ContextTokensOf(), ReadyTimeout: a.cfg.LoadTimeout, Wait: a.cfg.Runner.Wait,
+		IdleTimeout: a.cfg.Runner.IdleTimeout, HangTimeout: a.cfg.Runner.HangTimeout, Memory: a.memory, Estimate: runnerBytes,
 	})
 	a.jobs = finetune.New(finetune.Options{
 		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),

@@ -1,6 +1,7 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/models"
 	"github.com/hone-llm/hone/server"
 )
@@ -52,6 +54,45 @@ func baseModel(m models.Model) server.BaseModel {
 	}
 }
 
+// Limits of a runner's cache where the configuration has no number, as the runner decides them.
+const (
+	defaultSequences     = 8
+	defaultContextTokens = 8192
+	defaultCacheTokens   = 16384
+	// runnerOverhead is what a runner takes beside weights and cache: buffers of a batch, tokenizer, idle adapters.
+	runnerOverhead = 256 << 20
+)
+
+// runnerBytes estimates what a runner will take: the weights once, the cache, and overhead. It reads the header of the
+// file, which was checked when the model was added; of one that is damaged the runner says what is wrong.
+func runnerBytes(base child.Base, config child.RunnerConfig) (int64, error) {
+	path := filepath.Join(base.Dir, models.WeightsFile)
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0, err
+	}
+	f, err := gguf.Open(path)
+	if err != nil {
+		return info.Size(), nil //nolint:nilerr // see above
+	}
+	defer f.Close()
+	elements, err := gguf.KeyValueElements(f)
+	if err != nil {
+		return info.Size(), nil //nolint:nilerr // see above
+	}
+	contextTokens := cmp.Or(config.ContextTokens, defaultContextTokens)
+	architecture, _ := f.Metadata.String("general.architecture")
+	if trained, ok := f.Metadata.Uint(architecture + ".context_length"); ok && config.ContextTokens == 0 {
+		contextTokens = min(contextTokens, int(trained))
+	}
+	tokens := cmp.Or(config.CacheTokens, min(cmp.Or(config.Sequences, defaultSequences)*contextTokens, max(contextTokens, defaultCacheTokens)))
+	cache := int64(tokens) * elements * 2
+	if config.CacheType == "q8_0" {
+		cache = cache * 17 / 32 // 34 bytes for 32 elements
+	}
+	return info.Size() + cache + runnerOverhead, nil
+}
+
 // trainerLog is kept in the directory of each attempt, also after the job.
 const trainerLog = "trainer.log"
 
@@ -64,8 +105,17 @@ func (a *App) startTrainer(_ context.Context, config child.TrainerConfig) (finet
 	if err != nil {
 		return nil, fmt.Errorf("log of the attempt: %w", err)
 	}
+	// The server's memory is the machine's. Of a job that names a GPU, the budget of the configuration is the GPU's.
+	most := config.MemoryBytes
+	if config.Options.Device != nil && *config.Options.Device == "cuda" {
+		most = 0
+	}
+	grant, err := a.memory.ReserveRest("the job "+config.JobID, most)
+	if err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
 	//nolint:contextcheck // a trainer is ended by Stop and Kill
-	trainer, err := child.StartTrainer(child.TrainerOptions{Exe: a.opts.Exe, Env: a.opts.Env, Config: config, Stderr: log, Logger: a.opts.Logger})
+	trainer, err := child.StartTrainer(child.TrainerOptions{Exe: a.opts.Exe, Env: a.opts.Env, Config: config, Stderr: log, Logger: a.opts.Logger, Grant: grant})
 	if err != nil {
 		return nil, errors.Join(err, log.Close())
 	}

@@ -49,10 +49,12 @@ type Process struct {
 	lines *bufio.Reader
 	out   *os.File
 
-	mu    sync.Mutex // of in
-	in    io.WriteCloser
-	ended chan struct{}
-	err   error // set before ended is closed
+	writing sync.Mutex // of in
+	in      io.WriteCloser
+	mu      sync.Mutex // of why
+	why     string     // this process killed it
+	ended   chan struct{}
+	err     error // set before ended is closed
 }
 
 // ExitError says how a child ended, when it ended otherwise than with code 0.
@@ -61,12 +63,16 @@ type ExitError struct {
 	Code   int            // exit code, -1 if a signal ended it
 	Signal syscall.Signal // 0 if none
 	Stderr []string       // last lines of standard error
+	Why    string         // this process ended it, such as "gave no sign of life for 2m and was killed"; "" if it did not
 }
 
 func (e *ExitError) Error() string {
 	how := fmt.Sprintf("exited with code %d", e.Code)
 	if e.Signal != 0 {
 		how = fmt.Sprintf("was ended by signal %d (%s)", int(e.Signal), e.Signal)
+	}
+	if e.Why != "" {
+		how = e.Why
 	}
 	if len(e.Stderr) == 0 {
 		return fmt.Sprintf("the %s %s", e.Name, how)
@@ -172,7 +178,10 @@ func (p *Process) reap(last *lastLines) {
 	state := p.cmd.ProcessState
 	switch status, ok := state.Sys().(syscall.WaitStatus); {
 	case ok && status.Signaled():
-		p.err = &ExitError{Name: p.name, Code: -1, Signal: status.Signal(), Stderr: last.lines()}
+		p.mu.Lock()
+		why := p.why
+		p.mu.Unlock()
+		p.err = &ExitError{Name: p.name, Code: -1, Signal: status.Signal(), Stderr: last.lines(), Why: why}
 	case state.ExitCode() != 0:
 		p.err = &ExitError{Name: p.name, Code: state.ExitCode(), Stderr: last.lines()}
 	case err != nil && !errors.Is(err, exec.ErrWaitDelay):
@@ -232,8 +241,8 @@ func (p *Process) Send(v any) error {
 }
 
 func (p *Process) write(line []byte) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.writing.Lock()
+	defer p.writing.Unlock()
 	_, err := p.in.Write(line)
 	return err
 }
@@ -273,6 +282,14 @@ func (p *Process) Kill() error {
 	return p.Wait()
 }
 
+// killBecause is Kill, and says in the *ExitError why: "gave no sign of life and was killed".
+func (p *Process) killBecause(why string) {
+	p.mu.Lock()
+	p.why = why
+	p.mu.Unlock()
+	_ = p.Kill() // Wait says how it ended
+}
+
 // Close kills the child if it still runs and frees the pipes; lines not yet read are lost.
 func (p *Process) Close() {
 	_ = p.Kill()
@@ -287,7 +304,11 @@ type lastLines struct {
 	mu   sync.Mutex
 	done []string
 	part []byte
+	dead bool // the rest is a trace of the end
 }
+
+// lastWords begin a trace of a process that Go's runtime ends; what ggml says of a failed assertion comes before that.
+var lastWords = []string{"SIGABRT: ", "SIGSEGV: ", "SIGBUS: ", "SIGFPE: ", "SIGILL: ", "SIGQUIT: ", "fatal error: ", "panic: "}
 
 func (l *lastLines) Write(data []byte) (int, error) {
 	l.mu.Lock()
@@ -309,7 +330,8 @@ func (l *lastLines) Write(data []byte) (int, error) {
 }
 
 func (l *lastLines) keep() {
-	if text := strings.TrimSpace(string(l.part)); text != "" {
+	if text := strings.TrimSpace(string(l.part)); text != "" && !l.dead {
+		l.dead = strings.Contains(text, "GGML_ASSERT(") || slices.ContainsFunc(lastWords, func(words string) bool { return strings.HasPrefix(text, words) })
 		l.done = append(l.done, text)
 		if len(l.done) > lastErrorLines {
 			l.done = slices.Delete(l.done, 0, 1)

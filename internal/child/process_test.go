@@ -110,8 +110,12 @@ func trainerRole(in *bufio.Reader) int {
 	return 0
 }
 
-// runnerRole is a runner whose model repeats the prompt word by word. The prompt "die" kills it, "wait" waits for the
-// client to go away and then leaves a file, "refuse" is refused.
+// runnerRole is a runner whose model repeats the prompt word by word. These words of a prompt are orders: die (by SIGKILL),
+// abort (as a failed assertion does), stop (until somebody continues the process), refuse, overload, wait (for the client to
+// go away; then the last word is a file to make) and sleep (a moment).
+//
+// These words of the model's directory are orders too: broken (it says so), abort, slow (a minute), late (a second), and a
+// number, which is the memory that it reports.
 func runnerRole(in *bufio.Reader) int {
 	line, _ := in.ReadBytes('\n')
 	var config RunnerConfig
@@ -120,12 +124,21 @@ func runnerRole(in *bufio.Reader) int {
 		return 1
 	}
 	out := json.NewEncoder(os.Stdout)
-	if config.ModelDir == "broken" {
-		_ = out.Encode(RunnerEvent{Type: "failed", Error: &Error{Code: CodeInvalidModel, Message: "base.gguf: bad magic"}})
-		return 1
-	}
-	if config.ModelDir == "slow" {
-		time.Sleep(time.Minute)
+	ready := RunnerEvent{Type: "ready", ContextTokens: max(config.ContextTokens, 99)}
+	for word := range strings.FieldsSeq(config.ModelDir) {
+		switch word {
+		case "broken":
+			_ = out.Encode(RunnerEvent{Type: "failed", Error: &Error{Code: CodeInvalidModel, Message: "base.gguf: bad magic"}})
+			return 1
+		case "abort":
+			abort()
+		case "slow":
+			time.Sleep(time.Minute)
+		case "late":
+			time.Sleep(time.Second)
+		default:
+			ready.MemoryBytes, _ = strconv.ParseInt(word, 10, 64)
+		}
 	}
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "unix", config.Socket)
 	if err != nil {
@@ -136,35 +149,71 @@ func runnerRole(in *bufio.Reader) int {
 		_, _ = io.Copy(io.Discard, in)
 		os.Exit(0)
 	}()
-	_ = out.Encode(RunnerEvent{Type: "ready", ContextTokens: 99})
-	_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		var req GenerateRequest
-		if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.Prompt == nil {
-			w.WriteHeader(http.StatusBadRequest)
-			_ = json.NewEncoder(w).Encode(GenerateEvent{Error: &Error{Code: CodeInvalidRequest, Message: "no prompt"}})
+	_ = out.Encode(ready)
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /generate", repeat)
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("{}")) })
+	mux.HandleFunc("POST /embed", func(w http.ResponseWriter, r *http.Request) {
+		var req EmbedRequest
+		_ = json.NewDecoder(r.Body).Decode(&req)
+		resp := EmbedResponse{PromptTokens: len(req.Inputs)}
+		for _, input := range req.Inputs {
+			if input.Text == "overload" {
+				w.WriteHeader(http.StatusTooManyRequests)
+				_ = json.NewEncoder(w).Encode(GenerateEvent{Error: &Error{Code: CodeOverloaded, Message: "256 requests wait"}})
+				return
+			}
+			resp.Vectors = append(resp.Vectors, []float32{1, 0})
+		}
+		_ = json.NewEncoder(w).Encode(resp)
+	})
+	mux.HandleFunc("POST /tokenize", func(w http.ResponseWriter, r *http.Request) {
+		var req TokenizeRequest
+		_ = json.NewDecoder(r.Body).Decode(&req)
+		_ = json.NewEncoder(w).Encode(TokenizeResponse{Text: *req.Text, ContextTokens: config.ContextTokens})
+	})
+	_ = http.Serve(listener, mux)
+	return 1
+}
+
+func abort() {
+	fmt.Fprintln(os.Stderr, "ops.c:1: GGML_ASSERT(a > b) failed")
+	_ = syscall.Kill(os.Getpid(), syscall.SIGABRT)
+	select {}
+}
+
+func repeat(w http.ResponseWriter, r *http.Request) {
+	var req GenerateRequest
+	events := json.NewEncoder(w)
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.Prompt == nil {
+		w.WriteHeader(http.StatusBadRequest)
+		_ = events.Encode(GenerateEvent{Error: &Error{Code: CodeInvalidRequest, Message: "no prompt"}})
+		return
+	}
+	words := strings.Fields(*req.Prompt)
+	for _, word := range words {
+		switch word {
+		case "die":
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		case "abort":
+			abort()
+		case "stop":
+			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+		case "sleep":
+			time.Sleep(200 * time.Millisecond)
+		case "refuse":
+			_ = events.Encode(GenerateEvent{Error: &Error{Code: CodeContextLength, Message: "too long"}})
 			return
 		}
-		events, words := json.NewEncoder(w), strings.Fields(*req.Prompt)
-		for _, word := range words {
-			switch word {
-			case "die":
-				fmt.Fprintln(os.Stderr, "GGML_ASSERT")
-				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			case "refuse":
-				_ = events.Encode(GenerateEvent{Error: &Error{Code: CodeContextLength, Message: "too long"}})
-				return
-			}
-			_ = events.Encode(GenerateEvent{Text: word + " "})
-			w.(http.Flusher).Flush()
-			if word == "wait" {
-				<-r.Context().Done()
-				_ = os.WriteFile(words[len(words)-1], nil, 0o600)
-				return
-			}
+		_ = events.Encode(GenerateEvent{Text: word + " "})
+		w.(http.Flusher).Flush()
+		if word == "wait" {
+			<-r.Context().Done()
+			_ = os.WriteFile(words[len(words)-1], nil, 0o600)
+			return
 		}
-		_ = events.Encode(GenerateEvent{FinishReason: "stop", Usage: &Usage{CompletionTokens: len(words)}})
-	}))
-	return 1
+	}
+	_ = events.Encode(GenerateEvent{FinishReason: "stop", Usage: &Usage{CompletionTokens: len(words)}})
 }
 
 func start(t *testing.T, opts Options) *Process {

@@ -20,6 +20,9 @@ import (
 // ErrEnded says that a runner's stream stopped before its completion was finished.
 var ErrEnded = errors.New("the stream ended before the completion was finished")
 
+// errNotSent marks errors of requests that the runner has not received.
+var errNotSent = errors.New("the request was not sent")
+
 // RunnerOptions says how to start a runner.
 type RunnerOptions struct {
 	Exe    string
@@ -148,6 +151,15 @@ func (r *Runner) PID() int { return r.process.PID() }
 // Done is closed when the runner has ended.
 func (r *Runner) Done() <-chan struct{} { return r.process.Done() }
 
+func (r *Runner) ended() bool {
+	select {
+	case <-r.Done():
+		return true
+	default:
+		return false
+	}
+}
+
 // Generate yields the events of a request; the last one has Usage. A refusal by the runner is
 // yielded as an *Error. If the runner ends meanwhile, the error says how: an *ExitError, or ErrEnded.
 // Breaking off the loop or ending ctx cancels the completion in the runner.
@@ -250,7 +262,12 @@ func (r *Runner) post(ctx context.Context, path string, v any) (*http.Response, 
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := r.client.Do(req)
 	if err != nil {
-		return nil, r.endOf(ctx, err)
+		var dial *net.OpError
+		sent := !errors.As(err, &dial) || dial.Op != "dial"
+		if err = r.endOf(ctx, err); !sent && ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", errNotSent, err)
+		}
+		return nil, err
 	}
 	r.heard()
 	return resp, nil

@@ -50,8 +50,8 @@ func TestGenerate(t *testing.T) {
 		})
 	}
 	group.Wait()
-	if loaded := r.Loaded(); len(loaded) != 1 || loaded["base"] == 0 {
-		t.Errorf("loaded %v, want one runner for all requests", loaded)
+	if loaded := r.Models(); len(loaded) != 1 || loaded[0].Model != "base" || loaded[0].State != Ready || loaded[0].PID == 0 {
+		t.Errorf("loaded %+v, want one runner for all requests", loaded)
 	}
 	var refused *Error
 	if _, _, err := collect(t.Context(), r, baseForTests, "refuse"); !errors.As(err, &refused) || refused.Code != CodeContextLength {
@@ -132,8 +132,10 @@ func TestRunnerThatCannotStart(t *testing.T) {
 	if _, _, err := collect(t.Context(), r, Base{Name: "x", Dir: "slow"}, "hi"); err == nil {
 		t.Error("a runner that never became ready answered")
 	}
-	if loaded := r.Loaded(); len(loaded) != 0 {
-		t.Errorf("still loaded: %v", loaded)
+	for _, loaded := range r.Models() {
+		if loaded.State != Failed || !strings.Contains(loaded.Error, "not ready after") {
+			t.Errorf("still loaded: %+v", loaded)
+		}
 	}
 }
 
@@ -143,7 +145,7 @@ func TestStopEndsStreamsAndRunners(t *testing.T) {
 	if _, _, err := collect(t.Context(), r, baseForTests, "hi"); err != nil {
 		t.Fatal(err)
 	}
-	pid := r.Loaded()["base"]
+	pid := r.Models()[0].PID
 	go func() {
 		time.Sleep(50 * time.Millisecond)
 		r.Stop(t.Context())

@@ -17,6 +17,9 @@ type TrainerOptions struct {
 	Config TrainerConfig
 	Stderr io.Writer
 	Logger *slog.Logger // nil drops the log
+	// Grant is what it may take of the memory, nil if that has no bound: told to the trainer, made what its plan takes, and
+	// released when it has ended or could not be started.
+	Grant *Grant
 }
 
 // trainerNice lets requests that are answered meanwhile go first; so does waiting asleep at the barriers of the
@@ -29,6 +32,7 @@ type Trainer struct {
 	events  chan TrainerEvent
 	killed  chan struct{}
 	once    sync.Once
+	grant   *Grant // nil: none
 }
 
 // StartTrainer starts a trainer, which runs until it is done, Stop or Kill. The caller reads Events to its end, or
@@ -40,13 +44,22 @@ func StartTrainer(opts TrainerOptions) (*Trainer, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
+	if opts.Grant != nil {
+		opts.Config.HostMemoryBytes = opts.Grant.Bytes()
+	}
 	process, err := Start(context.Background(), Options{
 		Exe: opts.Exe, Args: opts.Args, Env: append([]string{"OMP_WAIT_POLICY=passive"}, opts.Env...), Config: opts.Config, Stderr: opts.Stderr, Nice: trainerNice,
 	})
 	if err != nil {
+		if opts.Grant != nil {
+			opts.Grant.Release()
+		}
 		return nil, err
 	}
-	t := &Trainer{process: process, events: make(chan TrainerEvent, 64), killed: make(chan struct{})}
+	t := &Trainer{process: process, events: make(chan TrainerEvent, 64), killed: make(chan struct{}), grant: opts.Grant}
+	if t.grant != nil {
+		t.grant.Use(process.PID())
+	}
 	go t.read(opts.Logger.With("job_id", opts.Config.JobID, "attempt", opts.Config.Attempt))
 	return t, nil
 }
@@ -68,12 +81,28 @@ func (t *Trainer) read(log *slog.Logger) {
 			log.Warn("a line of the trainer is no event", "error", err, "line", string(line[:min(len(line), 200)]))
 			continue
 		}
+		t.plan(event)
 		select {
 		case t.events <- event:
 		case <-t.killed:
 			// Whoever killed it may not read any more; what is left in the pipe is of no interest.
 			return
 		}
+	}
+}
+
+// plan makes the grant what the trainer has planned. On a GPU it takes of the machine's memory what every process takes.
+func (t *Trainer) plan(e TrainerEvent) {
+	memory := e.Memory
+	if e.Plan != nil {
+		memory = &e.Plan.Memory
+	}
+	switch {
+	case memory == nil || t.grant == nil:
+	case memory.Device == "" || memory.Device == "cpu":
+		t.grant.Resize(memory.TotalBytes)
+	default:
+		t.grant.Resize(memory.OverheadBytes)
 	}
 }
 
@@ -97,5 +126,8 @@ func (t *Trainer) Wait() error {
 	err := t.process.Wait()
 	// The reader ends by itself: with nothing left that writes, the pipe has an end.
 	t.process.closeInput()
+	if t.grant != nil {
+		t.grant.Release()
+	}
 	return err
 }

@@ -234,6 +234,9 @@ func TestDefaultModel(t *testing.T) {
 	if err := CheckModel(f); err != nil {
 		t.Fatal(err)
 	}
+	if n, err := KeyValueElements(f); err != nil || n != 30*3*(64+64) {
+		t.Errorf("a token's keys and values have %d elements, %v", n, err)
+	}
 	w, ok := f.Tensor("blk.29.ffn_down.weight")
 	if !ok || w.Type != Q4_1 || w.Elements() != 1536*576 || int64(len(f.Data(w))) != w.Elements()/32*20 {
 		t.Errorf("blk.29.ffn_down.weight is %+v, %v", w, ok)
