@@ -42,6 +42,10 @@ func TestChatThroughGoOpenAI(t *testing.T) {
 		t.Errorf("log-probabilities %+v", tokens)
 	}
 	req, base := r.echo.last()
+	if !strings.HasPrefix(req.Client, "key:") || len(req.Client) != 20 {
+		t.Errorf("the client is %q, want the hash of its key", req.Client)
+	}
+	req.Client = ""
 	want := child.GenerateRequest{ID: resp.ID, Messages: []wire.Message{{Role: "system", Content: "be brief"}, {Role: "user", Content: "one two"}}, Temperature: 1, TopP: 1, LogProbs: true, TopLogProbs: 2}
 	if diff := cmp.Diff(want, req); diff != "" {
 		t.Errorf("the runner's request (-want +got)\n%s", diff)
@@ -106,7 +110,6 @@ func TestChatRefusals(t *testing.T) {
 		{fields: `"messages":[]`, param: "messages"},
 		{fields: `"messages":[{"content":"x"}]`, param: "messages[0].role", message: "is required"},
 		{fields: `"messages":[{"role":"user","content":"x"},{"role":"wizard","content":"x"}]`, param: "messages[1].role", message: `"wizard"`},
-		{fields: `"messages":[{"role":"tool","content":"x"}]`, param: "messages[0].role", message: "tools"},
 		{fields: `"temperature":-0.1`, param: "temperature"},
 		{fields: `"temperature":2.1`, param: "temperature", message: "expected 0 to 2"},
 		{fields: `"top_p":1.1`, param: "top_p"},
@@ -124,9 +127,13 @@ func TestChatRefusals(t *testing.T) {
 		{fields: `"guided_choice":["A",""]`, param: "guided_choice", message: "guided_choice[1]"},
 		{fields: `"guided_choice":["A","B","A"]`, param: "guided_choice", message: `guided_choice[0] and [2] are both "A"`},
 		{fields: `"guided_choice":["yes.","no."],"stop":"."`, param: "stop", message: "would cut it off"},
-		{fields: `"tools":[{"type":"function"}]`, param: "tools"},
 		{fields: `"hone":{"r":8}`, param: "hone", message: "fine-tuning jobs"},
-		{fields: `"guided_json":{}`, param: "guided_json", message: "guided_choice"},
+		{fields: `"guided_wizardry":{}`, param: "guided_wizardry", message: "guided_choice"},
+		{fields: `"messages":[{"role":"user","content":"badregex"}],"guided_regex":"("`, param: "guided_regex", message: "guided_regex: unclosed group"},
+		{fields: `"messages":[{"role":"user","content":"badregex"}],"structured_outputs":{"regex":"("}`, param: "structured_outputs.regex"},
+		{fields: `"messages":[{"role":"user","content":"busy"}]`, status: 429, code: "rate_limit_exceeded", message: "are waiting"},
+		{fields: `"messages":[{"role":"user","content":"loading"}]`, status: 503, param: "model", code: "model_loading", message: "3 of 9 GiB"},
+		{fields: `"messages":[{"role":"user","content":"cut"}]`, status: 500, code: "runner_ended"},
 		{fields: `"messages":[{"role":"user","content":"toolong"}]`, param: "messages", code: "context_length_exceeded"},
 		{fields: `"messages":[{"role":"user","content":"toolong"}],"stream":true`, param: "messages", code: "context_length_exceeded"},
 		{fields: `"messages":[{"role":"user","content":"die"}]`, status: 500, code: "runner_ended"},
@@ -145,34 +152,6 @@ func TestChatRefusals(t *testing.T) {
 	}
 }
 
-func TestChatAccepts(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	zero, seed := 0.0, int64(-3)
-	for _, test := range []struct {
-		fields string
-		want   child.GenerateRequest
-	}{
-		{`"max_tokens":5,"max_completion_tokens":5`, child.GenerateRequest{MaxTokens: 5, Temperature: 1, TopP: 1}},
-		{`"temperature":0,"seed":-3,"stop":"x"`, child.GenerateRequest{Temperature: zero, TopP: 1, Seed: &seed, Stop: []string{"x"}}},
-		{`"top_p":0`, child.GenerateRequest{Temperature: 0, TopP: 1}},
-		{`"temperature":null,"stop":null,"logprobs":null,"user":"u","tool_choice":"none"`, child.GenerateRequest{Temperature: 1, TopP: 1}},
-		{`"logprobs":false,"top_logprobs":0`, child.GenerateRequest{Temperature: 1, TopP: 1}},
-	} {
-		status, body := r.do(t, "POST", "/v1/chat/completions", `{"model":"smol","messages":[{"role":"developer","content":[{"type":"text","text":"hi"}],"weight":1}],`+test.fields+`}`)
-		if status != 200 {
-			t.Errorf("%s: %d %s", test.fields, status, body)
-			continue
-		}
-		got, _ := r.echo.last()
-		got.ID = ""
-		test.want.Messages = []wire.Message{{Role: "system", Content: "hi"}}
-		if diff := cmp.Diff(test.want, got); diff != "" {
-			t.Errorf("%s (-want +got)\n%s", test.fields, diff)
-		}
-	}
-}
-
 // TestStreamBytes pins the stream to the byte: clients differ in what they forgive.
 func TestStreamBytes(t *testing.T) {
 	t.Parallel()
@@ -187,6 +166,44 @@ func TestStreamBytes(t *testing.T) {
 				begin + `{"index":0,"delta":{"content":" b"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
 				begin + `{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}` + "\n\n" +
 				"data: [DONE]\n\n"},
+		{"reasoning and calls", `"messages":[{"role":"user","content":"think call"}]`,
+			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"reasoning_content":"hm"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_a","type":"function","function":{"name":"weather","arguments":""}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"city\":"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"\"Köln\"}"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":1,"id":"call_b","type":"function","function":{"name":"time","arguments":"{}"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}` + "\n\n" +
+				"data: [DONE]\n\n"},
+		{"a call first, reasoned log-probabilities", `"messages":[{"role":"user","content":"call think"}],"logprobs":true`,
+			begin + `{"index":0,"delta":{"role":"assistant","content":null},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_a","type":"function","function":{"name":"weather","arguments":""}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"city\":"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"\"Köln\"}"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"tool_calls":[{"index":1,"id":"call_b","type":"function","function":{"name":"time","arguments":"{}"}}]},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"reasoning_content":"hm"},"logprobs":{"content":[{"token":"hm","logprob":-0.5,"bytes":[104,109],"top_logprobs":[]}],"refusal":null},"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}` + "\n\n" +
+				"data: [DONE]\n\n"},
+		{"two completions, interleaved", `"messages":[{"role":"user","content":"a b"}],"n":2`,
+			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":1,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":1,"delta":{"content":"a'"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"content":" b"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":1,"delta":{"content":" b'"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}` + "\n\n" +
+				begin + `{"index":1,"delta":{},"logprobs":null,"finish_reason":"stop"}]}` + "\n\n" +
+				"data: [DONE]\n\n"},
+		{"a choice", `"messages":[{"role":"user","content":"?"}],"guided_choice":["yes","no"]`,
+			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"content":"yes"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","choice_probabilities":[{"choice":"yes","probability":0.9},{"choice":"no","probability":0.1}]}]}` + "\n\n" +
+				"data: [DONE]\n\n"},
+		{"cut off by the runner", `"messages":[{"role":"user","content":"a cut"}]`,
+			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				`data: {"error":{"message":"the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why",` +
+				`"type":"server_error","param":null,"code":"runner_ended"}}` + "\n\n"},
 		{"usage and log-probabilities", `"messages":[{"role":"user","content":"a b"}],"max_tokens":1,"stream_options":{"include_usage":true},"logprobs":true,"top_logprobs":2`,
 			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}` + "\n\n" +
 				begin + `{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[` +
@@ -268,58 +285,5 @@ func TestClientGoneCancels(t *testing.T) {
 	case <-r.echo.cancelled:
 	case <-time.After(5 * time.Second):
 		t.Fatal("the completion goes on without its client")
-	}
-}
-
-func TestCompletions(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	resp, err := r.client().CreateCompletion(t.Context(), openai.CompletionRequest{Model: "smol", Prompt: "你 two", LogProbs: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	choice := resp.Choices[0]
-	if choice.Text != "你 two" || choice.FinishReason != "stop" || resp.Object != "text_completion" || resp.Usage.TotalTokens != 9 {
-		t.Errorf("answer %+v", resp)
-	}
-	if diff := cmp.Diff([]int{0, 1}, choice.LogProbs.TextOffset); diff != "" || choice.LogProbs.TopLogprobs[0]["0"] != -9999 {
-		t.Errorf("log-probabilities %+v", choice.LogProbs)
-	}
-	if req, _ := r.echo.last(); *req.Prompt != "你 two" || req.Messages != nil || req.MaxTokens != 16 {
-		t.Errorf("request %+v", req)
-	}
-	stream, err := r.client().CreateCompletionStream(t.Context(), openai.CompletionRequest{Model: "smol", Prompt: "one two"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stream.Close()
-	var text string
-	for {
-		chunk, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		text += chunk.Choices[0].Text
-	}
-	if text != "one two" {
-		t.Errorf("streamed %q", text)
-	}
-	for body, param := range map[string]string{
-		`{"model":"smol"}`:                             "prompt",
-		`{"model":"smol","prompt":[]}`:                 "prompt",
-		`{"model":"smol","prompt":["a","b"]}`:          "prompt",
-		`{"model":"smol","prompt":[1,2]}`:              "prompt[0]",
-		`{"model":"smol","prompt":"a","echo":true}`:    "echo",
-		`{"model":"smol","prompt":"a","logprobs":6}`:   "logprobs",
-		`{"model":"smol","prompt":"a","max_tokens":0}`: "max_tokens",
-	} {
-		status, answer := r.do(t, "POST", "/v1/completions", body)
-		wantError(t, body, status, answer, 400, param, "", "")
-	}
-	if status, answer := r.do(t, "POST", "/v1/completions", `{"model":"smol","prompt":["a"]}`); status != 200 {
-		t.Errorf("one prompt in a list: %d %s", status, answer)
 	}
 }

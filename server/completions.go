@@ -2,63 +2,107 @@ package server
 
 import (
 	"fmt"
-	"unicode/utf8"
 
 	"github.com/gin-gonic/gin"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// maxCompletionLogProbs is OpenAI's bound of logprobs in /v1/completions.
-const maxCompletionLogProbs = 5
+const (
+	maxPrompts      = 256
+	completionLimit = 16 // max_tokens of /v1/completions when it is not sent, as OpenAI's
+)
 
-// completion answers POST /v1/completions: the prompt goes to the model as it is, without a chat template.
+// completion answers POST /v1/completions: the prompts go to the model as they are, without a chat template.
 func (s *Server) completion(c *gin.Context) error {
 	var req wire.CompletionRequest
-	if err := decode(c, &req, refuseUnavailable); err != nil {
+	if err := decode(c, &req, refuseUnavailable, refuseInCompletions); err != nil {
 		return err
 	}
-	generate, err := completionRequest(&req)
+	order, err := completionOrder(&req)
 	if err != nil {
 		return err
 	}
-	generate.ID = newID("cmpl-")
-	return s.answer(c, req.Model, generate, req.Stream, req.StreamOptions, func(head answerHead) answer { return &completionAnswer{answerHead: head} })
+	order.id = newID("cmpl-")
+	return s.answer(c, req.Model, order, func(head answerHead) answer {
+		return &completionAnswer{answerHead: head, sent: make([]characters, len(order.requests)*order.n)}
+	})
 }
 
-func completionRequest(req *wire.CompletionRequest) (child.GenerateRequest, error) {
+func completionOrder(req *wire.CompletionRequest) (*order, error) {
 	var generate child.GenerateRequest
-	switch {
-	case len(req.Prompt) == 0:
-		return generate, invalid("prompt", "prompt is required: a string")
-	case len(req.Prompt) > 1:
-		return generate, invalid("prompt", "prompt has %d strings, expected one; send a request for each", len(req.Prompt))
+	if len(req.Prompt) == 0 {
+		return nil, invalid("prompt", "prompt is required: a string, an array of token ids, or an array of either")
 	}
-	generate.Prompt = &req.Prompt[0]
+	if len(req.Prompt) > maxPrompts {
+		return nil, invalid("prompt", "prompt has %d elements, expected at most %d", len(req.Prompt), maxPrompts)
+	}
+	generate.Echo = req.Echo != nil && *req.Echo
 	generate.MaxTokens = completionLimit
 	if req.MaxTokens != nil {
-		if generate.MaxTokens = *req.MaxTokens; generate.MaxTokens < 1 {
-			return generate, invalid("max_tokens", "max_tokens is %d, expected at least 1", *req.MaxTokens)
+		switch generate.MaxTokens = *req.MaxTokens; {
+		case *req.MaxTokens == 0 && generate.Echo:
+			generate.PromptOnly = true
+		case *req.MaxTokens < 1:
+			return nil, invalid("max_tokens", "max_tokens is %d, expected at least 1, or 0 with echo: true", *req.MaxTokens)
 		}
 	}
 	if req.LogProbs != nil {
 		generate.LogProbs, generate.TopLogProbs = true, *req.LogProbs
-		if *req.LogProbs < 0 || *req.LogProbs > maxCompletionLogProbs {
-			return generate, invalid("logprobs", "logprobs is %d, expected 0 to %d", *req.LogProbs, maxCompletionLogProbs)
+		if *req.LogProbs < 0 || *req.LogProbs > maxTopLogProbs {
+			return nil, invalid("logprobs", "logprobs is %d, expected 0 to %d", *req.LogProbs, maxTopLogProbs)
 		}
 	}
-	if err := checkStreamOptions(req.Stream, req.StreamOptions); err != nil {
-		return generate, err
+	order, err := newOrder(&req.Sampling, &generate, len(req.Prompt))
+	if err != nil {
+		return nil, err
 	}
-	fields := sampling{temperature: req.Temperature, topP: req.TopP, seed: req.Seed, stop: req.Stop, choices: req.GuidedChoice}
-	return generate, fields.apply(&generate)
+	if req.BestOf != nil && *req.BestOf != 1 && *req.BestOf != order.n {
+		return nil, invalid("best_of", "best_of is %d, expected 1 or n, which is %d: all completions are returned", *req.BestOf, order.n)
+	}
+	for p := range order.requests {
+		to := &order.requests[p]
+		if to.Constraint != nil && to.Constraint.Kind == child.ConstraintChoice && req.MaxTokens == nil {
+			to.MaxTokens = 0 // a choice ends by itself, and half of one is of no use
+		}
+		if to.Prompt, to.PromptTokens, err = promptOf(pathOf("prompt", p), req.Prompt[p]); err != nil {
+			return nil, err
+		}
+	}
+	return order, nil
 }
 
-// completionAnswer makes a completion's chunks, or the whole.
+// promptOf turns a text on the wire into the runner's.
+func promptOf(path string, text wire.Text) (*string, []engine.Token, error) {
+	if text.Tokens == nil {
+		return &text.String, nil, nil
+	}
+	tokens, err := tokensOf(path, text.Tokens)
+	return nil, tokens, err
+}
+
+// tokensOf checks token ids, as far as that can be done without the vocabulary.
+func tokensOf(path string, ids []int32) ([]engine.Token, error) {
+	if len(ids) == 0 {
+		return nil, invalid(path, "%s has no token ids, expected at least one", path)
+	}
+	tokens := make([]engine.Token, len(ids))
+	for i, id := range ids {
+		if id < 0 {
+			return nil, invalid(path, "%s[%d] is %d, expected the id of a token", path, i, id)
+		}
+		tokens[i] = engine.Token(id)
+	}
+	return tokens, nil
+}
+
+// completionAnswer makes completions' chunks, or the whole.
 type completionAnswer struct {
 	answerHead
-	characters int // sent so far
+
+	sent []characters // by choice
 }
 
 func (a *completionAnswer) message(choices ...wire.CompletionChoice) wire.Completion {
@@ -66,48 +110,79 @@ func (a *completionAnswer) message(choices ...wire.CompletionChoice) wire.Comple
 }
 
 func (a *completionAnswer) whole(all collected) any {
-	whole := a.message(wire.CompletionChoice{Text: all.text, LogProbs: a.logProbs(all.logProbs), FinishReason: wire.FinishReason(all.finishReason)})
-	whole.Usage = wire.Nullable[wire.Usage]{Set: true, Value: &all.usage}
+	choices := make([]wire.CompletionChoice, len(all.choices))
+	for i, choice := range all.choices {
+		choices[i] = wire.CompletionChoice{
+			Text: choice.text, Index: i, LogProbs: a.logProbs(i, choice.logProbs), FinishReason: wire.FinishReason(choice.finishReason),
+			ChoiceProbabilities: a.probabilities(choice.choiceProbabilities),
+		}
+	}
+	whole := a.message(choices...)
+	whole.Usage = wire.NewNullable(all.usage)
 	return whole
 }
 
 func (a *completionAnswer) chunks(event child.GenerateEvent) []any {
 	var chunks []any
 	if event.Text != "" || len(event.LogProbs) > 0 || event.FinishReason != "" {
-		chunk := a.message(wire.CompletionChoice{Text: event.Text, LogProbs: a.logProbs(event.LogProbs), FinishReason: wire.FinishReason(event.FinishReason)})
+		chunk := a.message(wire.CompletionChoice{
+			Text: event.Text, Index: event.Index, LogProbs: a.logProbs(event.Index, event.LogProbs), FinishReason: wire.FinishReason(event.FinishReason),
+			ChoiceProbabilities: a.probabilities(event.ChoiceProbabilities),
+		})
 		chunk.Usage.Set = a.usage
 		chunks = append(chunks, chunk)
 	}
-	if a.usage && event.FinishReason != "" {
+	if a.usage && event.Usage != nil {
 		last := a.message()
 		last.Choices = []wire.CompletionChoice{}
-		usage := usageToWire(event.Usage)
-		last.Usage = wire.Nullable[wire.Usage]{Set: true, Value: &usage}
+		last.Usage = wire.NewNullable(usageToWire(event.Usage))
 		chunks = append(chunks, last)
 	}
 	return chunks
 }
 
 // logProbs is nil for no tokens, which is written as null.
-func (a *completionAnswer) logProbs(tokens []child.TokenLogProb) *wire.CompletionLogProbs {
+func (a *completionAnswer) logProbs(choice int, tokens []child.TokenLogProb) *wire.CompletionLogProbs {
 	if len(tokens) == 0 {
 		return nil
 	}
 	all := &wire.CompletionLogProbs{}
 	for _, token := range tokens {
-		top := map[string]float64{}
-		for _, other := range token.Top {
-			top[other.Token] = logProb(other.LogProb)
+		var own *float64
+		var top map[string]float64
+		if token.LogProb != child.NoLogProb {
+			p := logProb(token.LogProb)
+			own, top = &p, map[string]float64{}
+			// Tokens that are a part of a character are all written as U+FFFD; the likeliest of them counts.
+			for _, other := range append([]child.TokenLogProb{token}, token.Top...) {
+				p := logProb(other.LogProb)
+				if before, there := top[other.Token]; !there || p > before {
+					top[other.Token] = p
+				}
+			}
 		}
 		all.Tokens = append(all.Tokens, token.Token)
-		all.TokenLogProbs = append(all.TokenLogProbs, logProb(token.LogProb))
+		all.TokenLogProbs = append(all.TokenLogProbs, own)
 		all.TopLogProbs = append(all.TopLogProbs, top)
-		all.TextOffset = append(all.TextOffset, a.characters)
-		a.characters += utf8.RuneCountInString(token.Token)
+		all.TextOffset = append(all.TextOffset, a.sent[choice].before(token.Bytes))
 	}
 	return all
 }
 
-func indexed(list string, i int, field string) string {
-	return fmt.Sprintf("%s[%d].%s", list, i, field)
+// characters counts the characters that have begun in a text that comes as tokens.
+type characters int
+
+// before returns the offset of the character that the next token begins with, or goes on with, and counts its own.
+func (c *characters) before(token []byte) int {
+	offset := int(*c)
+	for i, b := range token {
+		if b&0xC0 != 0x80 {
+			*c++
+		} else if i == 0 && offset > 0 {
+			offset--
+		}
+	}
+	return offset
 }
+
+func pathOf(list string, i int) string { return fmt.Sprintf("%s[%d]", list, i) }

@@ -127,15 +127,16 @@ func innermost(t reflect.Type, path string, raw []byte, wrap func([]byte) []byte
 	}
 	var object map[string]json.RawMessage
 	var array []json.RawMessage
+	refused := func(part string) bool { return json.Unmarshal(wrap([]byte(part)), reflect.New(t).Interface()) != nil }
 	switch raw = bytes.TrimSpace(raw); {
-	case raw[0] == '{' && json.Unmarshal(raw, &object) == nil:
+	case raw[0] == '{' && json.Unmarshal(raw, &object) == nil && !refused("{}"):
 		for _, key := range slices.Sorted(maps.Keys(object)) {
 			inner := func(part []byte) []byte { return wrap(wrapKey(key, part)) }
 			if path, raw, err := innermost(t, path+"."+key, object[key], inner); err != nil {
 				return path, raw, err
 			}
 		}
-	case raw[0] == '[' && json.Unmarshal(raw, &array) == nil:
+	case raw[0] == '[' && json.Unmarshal(raw, &array) == nil && !refused("[]"):
 		inner := func(part []byte) []byte { return wrap(slices.Concat([]byte("["), part, []byte("]"))) }
 		for i, part := range array {
 			if path, raw, err := innermost(t, fmt.Sprintf("%s[%d]", path, i), part, inner); err != nil {

@@ -34,7 +34,7 @@ func TestDecodeErrors(t *testing.T) {
 		{`{"stream":"yes"}`, "stream", "stream: expected true or false, not a string"},
 		{`{"messages":"hi"}`, "messages", "messages: expected an array, not a string"},
 		{`{"messages":[{"role":"user","content":"a"},{"role":5}]}`, "messages[1].role", "messages[1].role: expected a string, not the number 5"},
-		{`{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}`, "messages[0].content[0].type", `part of type "image_url" is not supported`},
+		{`{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}`, "messages[0].content[0]", `part of type "image_url" is not supported`},
 		{`{"stop":[1]}`, "stop[0]", "stop[0]: expected a string or an array of strings"},
 		{`{"guided_choice":["A",2]}`, "guided_choice[1]", "guided_choice[1]: expected a string, not the number 2"},
 		{`{"stream_options":{"include_usage":1}}`, "stream_options.include_usage", "expected true or false, not the number 1"},
@@ -61,40 +61,40 @@ func TestDecodeErrors(t *testing.T) {
 func TestRefusedFields(t *testing.T) {
 	t.Parallel()
 	for body, param := range map[string]string{
-		`{"tools":[{}]}`:                                     "tools",
-		`{"tool_choice":"auto"}`:                             "tool_choice",
-		`{"functions":[{}]}`:                                 "functions",
-		`{"response_format":{"type":"json_object"}}`:         "response_format",
-		`{"response_format": { "type": "json_schema" } }`:    "response_format",
-		`{"logit_bias":{"5":1}}`:                             "logit_bias",
-		`{"presence_penalty":0.1}`:                           "presence_penalty",
-		`{"frequency_penalty":-1}`:                           "frequency_penalty",
-		`{"n":2}`:                                            "n",
-		`{"audio":{}}`:                                       "audio",
-		`{"modalities":["text","audio"]}`:                    "modalities",
-		`{"prediction":{}}`:                                  "prediction",
-		`{"reasoning_effort":"low"}`:                         "reasoning_effort",
-		`{"web_search_options":{}}`:                          "web_search_options",
-		`{"verbosity":"low"}`:                                "verbosity",
-		`{"echo":true}`:                                      "echo",
-		`{"best_of":2}`:                                      "best_of",
-		`{"suffix":"x"}`:                                     "suffix",
-		`{"chat_template_kwargs":{"enable_thinking":false}}`: "chat_template_kwargs",
-		`{"guided_json":{}}`:                                 "guided_json",
-		`{"guided_regex":"a"}`:                               "guided_regex",
-		`{"guided_grammar":"a"}`:                             "guided_grammar",
-		`{"grammar":"a"}`:                                    "grammar",
-		`{"json_schema":{}}`:                                 "json_schema",
-		`{"structured_outputs":{"choice":["a"]}}`:            "structured_outputs",
-		`{"regex":"a"}`:                                      "regex",
-		`{"allowed_token_ids":[1]}`:                          "allowed_token_ids",
-		`{"bad_words":["a"]}`:                                "bad_words",
-		`{"Guided_Regex":"a"}`:                               "Guided_Regex",
+		`{"functions":[{}]}`:                            "functions",
+		`{"function_call":"auto"}`:                      "function_call",
+		`{"audio":{}}`:                                  "audio",
+		`{"modalities":["text","audio"]}`:               "modalities",
+		`{"prediction":{}}`:                             "prediction",
+		`{"web_search_options":{}}`:                     "web_search_options",
+		`{"verbosity":"low"}`:                           "verbosity",
+		`{"suffix":"x"}`:                                "suffix",
+		`{"chat_template":"{{ x }}"}`:                   "chat_template",
+		`{"chat_template_kwargs":{"date":"x"}}`:         "chat_template_kwargs.date",
+		`{"enable_thinking":false}`:                     "enable_thinking",
+		`{"repeat_penalty":1.1}`:                        "repeat_penalty",
+		`{"stop_token_ids":[2]}`:                        "stop_token_ids",
+		`{"use_beam_search":true}`:                      "use_beam_search",
+		`{"lora":[{"id":0}]}`:                           "lora",
+		`{"json_schema":{}}`:                            "json_schema",
+		`{"structured_outputs":{"structural_tag":"x"}}`: "structured_outputs.structural_tag",
+		`{"structured_outputs":{"regex":"a","whitespace_pattern":" "}}`:    "structured_outputs.whitespace_pattern",
+		`{"structured_outputs":{"json":{},"disable_any_whitespace":true}}`: "structured_outputs.disable_any_whitespace",
+		`{"response_format":{"type":"structural_tag","structures":[]}}`:    "response_format.structures",
+		`{"guided_decoding_backend":"xgrammar"}`:                           "guided_decoding_backend",
+		`{"guided_whitespace_pattern":" "}`:                                "guided_whitespace_pattern",
+		`{"grammar_lazy":true}`:                                            "grammar_lazy",
+		`{"regex":"a"}`:                                                    "regex",
+		`{"ebnf":"a"}`:                                                     "ebnf",
+		`{"allowed_token_ids":[1]}`:                                        "allowed_token_ids",
+		`{"bad_words":["a"]}`:                                              "bad_words",
+		`{"Guided_Regex":"a"}`:                                             "Guided_Regex",
 
 		`{"tools":null,"tool_choice":"none","functions":[],"response_format":{ "type": "text" },"logit_bias":{}}`:                            "",
 		`{"n":1,"presence_penalty":0,"frequency_penalty":0.0,"modalities":["text"],"parallel_tool_calls":true,"guided_json":null}`:           "",
 		`{"user":"u","metadata":{"a":"b"},"store":true,"service_tier":"auto","safety_identifier":"x","prompt_cache_key":"k","whatever":[1]}`: "",
-		`{"guided_choice":["A","B"],"verbosity":"medium","top_k":4}`:                                                                         "",
+		`{"guided_choice":["A","B"],"verbosity":"medium","top_k":4,"structured_outputs":{"choice":["a"],"disable_fallback":false}}`:          "",
+		`{"guided_json":{},"guided_regex":"a","guided_grammar":"a","grammar":"a","chat_template_kwargs":{"enable_thinking":false}}`:          "",
 	} {
 		var fields map[string]json.RawMessage
 		if err := json.Unmarshal([]byte(body), &fields); err != nil {
@@ -138,6 +138,12 @@ func TestErrorTable(t *testing.T) {
 		{&child.Error{Code: child.CodeInvalidModel, Message: "bad magic"}, 400, wire.ErrorTypeInvalidRequest, "invalid_model", "model", "bad magic"},
 		{&child.Error{Code: child.CodeInvalidAdapter, Message: "rank"}, 400, wire.ErrorTypeInvalidRequest, "invalid_adapter", "model", "rank"},
 		{&child.Error{Code: child.CodeInternal, Message: "decode returned 1"}, 500, wire.ErrorTypeServer, "", "", "decode returned 1"},
+		{&child.Error{Code: child.CodeOverloaded, Message: "256 wait"}, 429, wire.ErrorTypeRateLimit, "rate_limit_exceeded", "", "256 wait"},
+		{&child.Error{Code: child.CodeEndsEngine, Message: "ended it three times"}, 400, wire.ErrorTypeInvalidRequest, "ends_engine", "", "three times"},
+		{&child.Error{Code: child.CodeInsufficientMemory, Message: "8 of 4 GiB"}, 503, wire.ErrorTypeServer, "insufficient_memory", "model", "8 of 4 GiB"},
+		{&child.UnavailableError{Reason: child.ErrLoading, Message: "is loading"}, 503, wire.ErrorTypeServer, "model_loading", "model", "is loading"},
+		{&child.UnavailableError{Reason: child.ErrNoMemory, Message: "no room"}, 503, wire.ErrorTypeServer, "insufficient_memory", "model", "no room"},
+		{&child.UnavailableError{Reason: child.ErrBackOff, Message: "does not start"}, 503, wire.ErrorTypeServer, "model_unavailable", "model", "does not start"},
 		{context.Canceled, 499, wire.ErrorTypeInvalidRequest, "", "", "closed"},
 		{context.DeadlineExceeded, 504, wire.ErrorTypeServer, "timeout", "", "deadline"},
 		{errors.New("secret"), 500, wire.ErrorTypeServer, "", "", "x-request-id"},
@@ -169,4 +175,24 @@ func TestBodyTooLarge(t *testing.T) {
 	wantError(t, "compressed", status, body, 400, "", "", "uncompressed")
 	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Type", "multipart/form-data; boundary=x")
 	wantError(t, "form", status, body, 400, "", "", "expected a JSON body")
+}
+
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for word, want := range map[string]string{"busy": "1", "loading": "2", "die": ""} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, r.URL+"/v1/chat/completions",
+			strings.NewReader(`{"model":"smol","messages":[{"role":"user","content":"`+word+`"}]}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := r.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if got := resp.Header.Get("Retry-After"); got != want || !strings.HasPrefix(resp.Header.Get("X-Request-Id"), "req_") {
+			t.Errorf("%s: Retry-After %q, want %q", word, got, want)
+		}
+	}
 }

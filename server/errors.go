@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 
 	"github.com/hone-llm/hone/adapters"
@@ -15,6 +16,12 @@ import (
 
 // statusClientGone is written to the log for a request whose client went away; nobody receives it.
 const statusClientGone = 499
+
+// Seconds after which a request that cannot be answered now is worth sending again.
+const (
+	overloadedRetry = 1
+	stoppingRetry   = 5
+)
 
 // invalid is a 400 that blames the request's field param ("" if none).
 func invalid(param, format string, args ...any) *wire.Error {
@@ -32,21 +39,22 @@ var errorKinds = []struct {
 	status  int
 	code    string // "" is null
 	message string // "" is the error's own text
+	retry   int    // seconds, of Retry-After; 0: none
 }{
-	{is(context.Canceled), statusClientGone, "", "the client closed the connection"},
-	{is(context.DeadlineExceeded), http.StatusGatewayTimeout, "timeout", ""},
-	{is(child.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later"},
-	{is(finetune.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later"},
-	{is(finetune.ErrNotFound), http.StatusNotFound, "not_found", ""},
-	{is(finetune.ErrUnknownModel), http.StatusNotFound, "model_not_found", ""},
-	{is(adapters.ErrNotFound), http.StatusNotFound, "model_not_found", ""},
-	{is(store.ErrNotFound), http.StatusNotFound, "not_found", ""},
-	{as[*adapters.BaseMismatchError], http.StatusConflict, "base_model_changed", ""},
-	{as[*store.FileInUseError], http.StatusConflict, "file_in_use", ""},
-	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", ""},
-	{as[*finetune.ConflictError], http.StatusConflict, "conflict", ""},
-	{as[*child.ExitError], http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why"},
-	{is(child.ErrEnded), http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why"},
+	{is(context.Canceled), statusClientGone, "", "the client closed the connection", 0},
+	{is(context.DeadlineExceeded), http.StatusGatewayTimeout, "timeout", "", 0},
+	{is(child.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later", stoppingRetry},
+	{is(finetune.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later", stoppingRetry},
+	{is(finetune.ErrNotFound), http.StatusNotFound, "not_found", "", 0},
+	{is(finetune.ErrUnknownModel), http.StatusNotFound, "model_not_found", "", 0},
+	{is(adapters.ErrNotFound), http.StatusNotFound, "model_not_found", "", 0},
+	{is(store.ErrNotFound), http.StatusNotFound, "not_found", "", 0},
+	{as[*adapters.BaseMismatchError], http.StatusConflict, "base_model_changed", "", 0},
+	{as[*store.FileInUseError], http.StatusConflict, "file_in_use", "", 0},
+	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", "", 0},
+	{as[*finetune.ConflictError], http.StatusConflict, "conflict", "", 0},
+	{as[*child.ExitError], http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why", 0},
+	{is(child.ErrEnded), http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why", 0},
 }
 
 func is(target error) func(error) bool { return func(err error) bool { return errors.Is(err, target) } }
@@ -68,11 +76,14 @@ func errorFor(err error) *wire.Error {
 	if refused := new(child.Error); errors.As(err, &refused) {
 		return refusal(refused)
 	}
+	if later := new(child.UnavailableError); errors.As(err, &later) {
+		return unavailableNow(later)
+	}
 	for _, kind := range errorKinds {
 		if !kind.matches(err) {
 			continue
 		}
-		e := &wire.Error{Status: kind.status, Type: wire.ErrorTypeInvalidRequest, Message: kind.message}
+		e := &wire.Error{Status: kind.status, Type: wire.ErrorTypeInvalidRequest, Message: kind.message, RetryAfter: kind.retry}
 		if kind.status >= http.StatusInternalServerError {
 			e.Type = wire.ErrorTypeServer
 		}
@@ -87,16 +98,46 @@ func errorFor(err error) *wire.Error {
 	return &wire.Error{Status: http.StatusInternalServerError, Type: wire.ErrorTypeServer, Message: "the server failed; its log has the details under this request's x-request-id"}
 }
 
-// refusal turns what a runner says into an answer: its own failure is a 500, all else is the request's fault.
+// unavailableReasons are the codes of what child.UnavailableError is for.
+var unavailableReasons = []struct {
+	reason error
+	code   string
+}{
+	{child.ErrLoading, "model_loading"},
+	{child.ErrNoMemory, "insufficient_memory"},
+	{child.ErrBackOff, "model_unavailable"},
+}
+
+// unavailableNow is a 503 that says when to ask again.
+func unavailableNow(err *child.UnavailableError) *wire.Error {
+	e := &wire.Error{
+		Status: http.StatusServiceUnavailable, Type: wire.ErrorTypeServer, Param: new("model"), Message: err.Message,
+		RetryAfter: max(int(math.Ceil(err.RetryAfter.Seconds())), 1),
+	}
+	for _, r := range unavailableReasons {
+		if errors.Is(err.Reason, r.reason) {
+			e.Code = new(r.code)
+		}
+	}
+	return e
+}
+
+// refusal turns what a runner says into an answer: its own failure is a 500, a full queue a 429, a model that does not fit
+// a 503, all else is the request's fault.
 func refusal(err *child.Error) *wire.Error {
-	if err.Code == child.CodeInternal {
+	switch err.Code {
+	case child.CodeInternal:
 		return &wire.Error{Status: http.StatusInternalServerError, Type: wire.ErrorTypeServer, Message: err.Message}
+	case child.CodeOverloaded:
+		return &wire.Error{Status: http.StatusTooManyRequests, Type: wire.ErrorTypeRateLimit, Code: new("rate_limit_exceeded"), Message: err.Message, RetryAfter: overloadedRetry}
+	case child.CodeInsufficientMemory:
+		return &wire.Error{Status: http.StatusServiceUnavailable, Type: wire.ErrorTypeServer, Param: new("model"), Code: &err.Code, Message: err.Message}
 	}
 	e := invalid(err.Param, "%s", err.Message)
 	switch err.Code {
-	case child.CodeContextLength, child.CodeInvalidModel, child.CodeInvalidAdapter:
+	case child.CodeContextLength, child.CodeInvalidModel, child.CodeInvalidAdapter, child.CodeEndsEngine:
 		e.Code = &err.Code
-		if e.Param == nil {
+		if e.Param == nil && err.Code != child.CodeEndsEngine {
 			param := "model"
 			if err.Code == child.CodeContextLength {
 				param = "messages"

@@ -1,173 +1,124 @@
 package server
 
 import (
-	"context"
-	"crypto/rand"
-	"iter"
+	"maps"
 	"math"
 	"slices"
-	"strings"
+	"strconv"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// Generator computes completions; child.Runners implements it. It yields text events and then one with a FinishReason,
-// or an error. Breaking off the loop or ending ctx cancels the completion.
-type Generator interface {
-	Generate(ctx context.Context, base child.Base, req child.GenerateRequest) iter.Seq2[child.GenerateEvent, error]
-}
-
 // Bounds of a request's sampling fields.
 const (
-	maxTemperature  = 2
-	maxStops        = 4
-	maxStopBytes    = 1024
-	maxTopLogProbs  = 20
-	minChoices      = 2
-	maxChoices      = 256
-	maxChoiceBytes  = 4096
-	maxMessages     = 4096
-	minusInfinity   = -9999 // JSON has no infinity; OpenAI writes this
-	completionLimit = 16    // max_tokens of /v1/completions when it is not sent, as OpenAI's
+	maxCompletions       = 8 // n
+	maxTemperature       = 2
+	maxPenalty           = 2
+	maxRepetitionPenalty = 10
+	maxBias              = 100
+	maxBiases            = 1024
+	maxStops             = 4
+	maxStopBytes         = 1024
+	maxTopLogProbs       = 20
+	maxTokenID           = math.MaxInt32
 )
 
-// sampling holds the fields that chat and plain completions share.
-type sampling struct {
-	temperature, topP *float64
-	seed              *int64
-	stop              []string
-	choices           []string
+// number is a field that must lie in [low, high].
+type number struct {
+	name      string
+	value     *float64
+	low, high float64
+	into      *float64
 }
 
-// apply checks the fields and writes them into req.
-func (f sampling) apply(req *child.GenerateRequest) error {
-	req.Seed = f.seed
+// applySampling checks the fields that chat and plain completions share, but for the constraints, and writes them into req.
+func applySampling(f *wire.Sampling, req *child.GenerateRequest) error {
+	req.Seed = f.Seed
 	req.Temperature, req.TopP = 1, 1 // OpenAI's defaults
-	if f.temperature != nil {
-		if req.Temperature = *f.temperature; req.Temperature < 0 || req.Temperature > maxTemperature {
-			return invalid("temperature", "temperature is %v, expected 0 to %d", *f.temperature, maxTemperature)
+	for _, n := range []number{
+		{"temperature", f.Temperature, 0, maxTemperature, &req.Temperature},
+		{"top_p", f.TopP, 0, 1, &req.TopP},
+		{"min_p", f.MinP, 0, 1, &req.MinP},
+		{"presence_penalty", f.PresencePenalty, -maxPenalty, maxPenalty, &req.PresencePenalty},
+		{"frequency_penalty", f.FrequencyPenalty, -maxPenalty, maxPenalty, &req.FrequencyPenalty},
+	} {
+		if n.value == nil {
+			continue
+		}
+		if *n.value < n.low || *n.value > n.high {
+			return invalid(n.name, "%s is %v, expected %v to %v", n.name, *n.value, n.low, n.high)
+		}
+		*n.into = *n.value
+	}
+	if req.TopP == 0 { // keeps the likeliest token alone
+		req.TopP, req.Temperature = 1, 0
+	}
+	if f.RepetitionPenalty != nil {
+		req.RepetitionPenalty = *f.RepetitionPenalty
+		if req.RepetitionPenalty <= 0 || req.RepetitionPenalty > maxRepetitionPenalty {
+			return invalid("repetition_penalty", "repetition_penalty is %v, expected more than 0 and at most %d; 1 changes nothing", req.RepetitionPenalty, maxRepetitionPenalty)
 		}
 	}
-	if f.topP != nil {
-		if req.TopP = *f.topP; req.TopP < 0 || req.TopP > 1 {
-			return invalid("top_p", "top_p is %v, expected 0 to 1", *f.topP)
+	if f.TopK != nil {
+		if *f.TopK < -1 {
+			return invalid("top_k", "top_k is %d, expected at least 1, or 0 or -1 for all tokens", *f.TopK)
 		}
-		if req.TopP == 0 { // keeps the likeliest token alone
-			req.TopP, req.Temperature = 1, 0
+		req.TopK = max(*f.TopK, 0)
+	}
+	if f.N != nil {
+		if *f.N < 1 || *f.N > maxCompletions {
+			return invalid("n", "n is %d, expected 1 to %d", *f.N, maxCompletions)
+		}
+		if *f.N > 1 {
+			req.N = *f.N
 		}
 	}
-	if len(f.stop) > maxStops {
-		return invalid("stop", "stop has %d strings, expected at most %d", len(f.stop), maxStops)
+	if f.MinTokens != nil {
+		req.MinTokens = *f.MinTokens
+		switch {
+		case req.MinTokens < 0:
+			return invalid("min_tokens", "min_tokens is %d, expected at least 0", req.MinTokens)
+		case req.MaxTokens > 0 && req.MinTokens > req.MaxTokens:
+			return invalid("min_tokens", "min_tokens is %d, more than the %d tokens that the completion may have", req.MinTokens, req.MaxTokens)
+		}
 	}
-	for _, stop := range f.stop {
+	req.IgnoreEOS = f.IgnoreEOS != nil && *f.IgnoreEOS
+	if len(f.Stop) > maxStops {
+		return invalid("stop", "stop has %d strings, expected at most %d", len(f.Stop), maxStops)
+	}
+	for _, stop := range f.Stop {
 		if stop == "" || len(stop) > maxStopBytes {
 			return invalid("stop", "a stop string has %d bytes, expected 1 to %d", len(stop), maxStopBytes)
 		}
 	}
-	req.Stop = f.stop
-	if f.choices == nil {
-		return nil
+	req.Stop = f.Stop
+	if f.StreamOptions != nil && !streamed(f) {
+		return invalid("stream_options", "stream_options needs stream: true")
 	}
-	if err := checkChoices(f.choices, f.stop); err != nil {
-		return err
+	return applyBias(f.LogitBias, req)
+}
+
+func applyBias(biases map[string]float64, req *child.GenerateRequest) error {
+	if len(biases) > maxBiases {
+		return invalid("logit_bias", "logit_bias has %d tokens, expected at most %d", len(biases), maxBiases)
 	}
-	req.Constraint = &child.Constraint{Kind: child.ConstraintChoice, Choices: f.choices}
-	req.Stop = nil // it is in none of the choices, so it cannot occur
-	if f.temperature == nil {
-		// Clients that mean 0 may be unable to send it, and the likeliest choice is what is asked for.
-		req.Temperature = 0
+	for _, key := range slices.Sorted(maps.Keys(biases)) {
+		id, err := strconv.ParseInt(key, 10, 64)
+		if err != nil || id < 0 || id > maxTokenID {
+			return invalid("logit_bias", "logit_bias has the key %.40q, expected the id of a token; POST /tokenize tells it", key)
+		}
+		bias := biases[key]
+		if bias < -maxBias || bias > maxBias {
+			return invalid("logit_bias", "logit_bias of token %s is %v, expected %d to %d", key, bias, -maxBias, maxBias)
+		}
+		if req.LogitBias == nil {
+			req.LogitBias = make(map[engine.Token]float64, len(biases))
+		}
+		req.LogitBias[engine.Token(id)] = bias
 	}
 	return nil
 }
 
-func checkChoices(choices, stops []string) error {
-	if len(choices) < minChoices || len(choices) > maxChoices {
-		return invalid("guided_choice", "guided_choice has %d strings, expected %d to %d", len(choices), minChoices, maxChoices)
-	}
-	for i, choice := range choices {
-		if choice == "" || len(choice) > maxChoiceBytes {
-			return invalid("guided_choice", "guided_choice[%d] has %d bytes, expected 1 to %d", i, len(choice), maxChoiceBytes)
-		}
-		if j := slices.Index(choices[:i], choice); j >= 0 {
-			return invalid("guided_choice", "guided_choice[%d] and [%d] are both %q", j, i, choice)
-		}
-		for _, stop := range stops {
-			if strings.Contains(choice, stop) {
-				return invalid("stop", "the stop string %q is part of guided_choice[%d], %q, and would cut it off", stop, i, choice)
-			}
-		}
-	}
-	return nil
-}
-
-// newID returns an id that no other completion has.
-func newID(prefix string) string { return prefix + strings.ToLower(rand.Text()) }
-
-// collected is a whole completion.
-type collected struct {
-	text         string
-	logProbs     []child.TokenLogProb
-	finishReason string
-	usage        wire.Usage
-}
-
-// collect reads a completion to its end.
-func collect(events iter.Seq2[child.GenerateEvent, error]) (collected, error) {
-	var all collected
-	var text strings.Builder
-	for event, err := range events {
-		if err != nil {
-			return collected{}, err
-		}
-		text.WriteString(event.Text)
-		all.logProbs = append(all.logProbs, event.LogProbs...)
-		if event.FinishReason != "" {
-			all.text, all.finishReason, all.usage = text.String(), event.FinishReason, usageToWire(event.Usage)
-			return all, nil
-		}
-	}
-	return collected{}, child.ErrEnded
-}
-
-func usageToWire(u *child.Usage) wire.Usage {
-	if u == nil {
-		return wire.Usage{}
-	}
-	return wire.Usage{
-		PromptTokens: u.PromptTokens, CompletionTokens: u.CompletionTokens, TotalTokens: u.PromptTokens + u.CompletionTokens,
-		PromptTokensDetails: wire.PromptTokensDetails{CachedTokens: u.CachedTokens},
-	}
-}
-
-func logProb(p float64) float64 {
-	if math.IsNaN(p) || p < minusInfinity {
-		return minusInfinity
-	}
-	return p
-}
-
-// byteList is a token's bytes as numbers: encoding/json would write base64.
-func byteList(token child.TokenLogProb) []int {
-	list := make([]int, len(token.Bytes))
-	for i, b := range token.Bytes {
-		list[i] = int(b)
-	}
-	return list
-}
-
-// chatLogProbs is nil for no tokens, which is written as null.
-func chatLogProbs(tokens []child.TokenLogProb) *wire.LogProbs {
-	if len(tokens) == 0 {
-		return nil
-	}
-	all := &wire.LogProbs{Content: make([]wire.TokenLogProb, len(tokens))}
-	for i, token := range tokens {
-		top := make([]wire.TopLogProb, len(token.Top))
-		for j, other := range token.Top {
-			top[j] = wire.TopLogProb{Token: other.Token, LogProb: logProb(other.LogProb), Bytes: byteList(other)}
-		}
-		all.Content[i] = wire.TokenLogProb{Token: token.Token, LogProb: logProb(token.LogProb), Bytes: byteList(token), TopLogProbs: top}
-	}
-	return all
-}
+func streamed(f *wire.Sampling) bool { return f.Stream != nil && *f.Stream }

@@ -20,11 +20,13 @@ import (
 	"net/netip"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/gin-gonic/gin"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
@@ -92,6 +94,12 @@ func (s *Server) route() {
 	v1 := e.Group("/v1")
 	v1.POST("/chat/completions", s.handle(s.chatCompletion))
 	v1.POST("/completions", s.handle(s.completion))
+	v1.POST("/embeddings", s.handle(s.embeddings))
+	v1.POST("/decisions", s.handle(s.decision))
+	for _, g := range []gin.IRoutes{v1, e} { // vLLM has them outside of /v1
+		g.POST("/tokenize", s.handle(s.tokenize))
+		g.POST("/detokenize", s.handle(s.detokenize))
+	}
 	v1.GET("/models", s.handle(s.listModels))
 	v1.GET("/models/*id", s.handle(s.getModel))
 	v1.DELETE("/models/*id", s.handle(s.deleteModel))
@@ -138,6 +146,9 @@ func (s *Server) handle(h func(*gin.Context) error) gin.HandlerFunc {
 			log.Error("request failed")
 		default:
 			log.Info("request refused")
+		}
+		if answer.RetryAfter > 0 && !c.Writer.Written() {
+			c.Header("Retry-After", strconv.Itoa(answer.RetryAfter))
 		}
 		if c.Writer.Written() {
 			// The status is sent: the stream tells it, and its end without [DONE].
@@ -212,8 +223,14 @@ func (s *Server) hostAllowed(host string) bool {
 		slices.ContainsFunc(s.hosts, func(allowed string) bool { return strings.EqualFold(allowed, name) })
 }
 
+// health answers GET /health: that the server is there, and how it stands with the base models that were asked for.
 func (s *Server) health(c *gin.Context) error {
+	states := s.generator.Models()
+	if states == nil {
+		states = []child.ModelState{}
+	}
 	return encode(c, http.StatusOK, struct {
-		Status string `json:"status"`
-	}{"ok"})
+		Status string             `json:"status"`
+		Models []child.ModelState `json:"models"`
+	}{"ok", states})
 }

@@ -26,16 +26,23 @@ import (
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
 
-// echo is a Generator whose model repeats the last message word by word, or takes the first choice. Some words act:
-// die ends the process, toolong is refused, wait goes on until the request is cancelled, panic panics.
+// echo is a Generator whose model repeats the last message or the prompt word by word, or takes the first choice, which
+// has the probability 0.9. Completion i puts i apostrophes after each word. Some words act: die ends the process, toolong
+// is refused, busy and loading are for later, badregex refuses a constraint, wait goes on until the request is cancelled,
+// panic panics, cut ends without the end, think is reasoned, call calls two tools.
 type echo struct {
 	mu        sync.Mutex
 	requests  []child.GenerateRequest
 	bases     []child.Base
+	embeds    []child.EmbedRequest
+	tokenizes []child.TokenizeRequest
+	running   int // now, and the most at a time
+	most      int
 	cancelled chan struct{}
 }
 
@@ -45,59 +52,189 @@ func (e *echo) last() (child.GenerateRequest, child.Base) {
 	return e.requests[len(e.requests)-1], e.bases[len(e.bases)-1]
 }
 
+// echoPrompt is what the model repeats.
+func echoPrompt(req child.GenerateRequest) string {
+	switch {
+	case req.Prompt != nil:
+		return *req.Prompt
+	case req.PromptTokens != nil:
+		var words []string
+		for _, token := range req.PromptTokens {
+			words = append(words, fmt.Sprintf("t%d", token))
+		}
+		return strings.Join(words, " ")
+	}
+	return req.Messages[len(req.Messages)-1].Content
+}
+
 func (e *echo) Generate(ctx context.Context, base child.Base, req child.GenerateRequest) iter.Seq2[child.GenerateEvent, error] {
 	e.mu.Lock()
 	e.requests, e.bases = append(e.requests, req), append(e.bases, base)
 	e.mu.Unlock()
-	var prompt string
-	if req.Prompt != nil {
-		prompt = *req.Prompt
-	} else {
-		prompt = req.Messages[len(req.Messages)-1].Content
+	return func(yield func(child.GenerateEvent, error) bool) {
+		e.mu.Lock()
+		e.running++
+		e.most = max(e.most, e.running)
+		e.mu.Unlock()
+		defer func() {
+			e.mu.Lock()
+			e.running--
+			e.mu.Unlock()
+		}()
+		e.generate(ctx, req, yield)
 	}
-	words := strings.Fields(prompt)
-	if choicesOf(req) != nil {
-		words = choicesOf(req)[:1]
+}
+
+func (e *echo) generate(ctx context.Context, req child.GenerateRequest, yield func(child.GenerateEvent, error) bool) {
+	prompt := strings.Fields(echoPrompt(req))
+	words, finish := prompt, "stop"
+	var probabilities []float64
+	if choices := choicesOf(req); choices != nil {
+		words = choices[:1]
+		for i := range choices {
+			p := 0.1 / float64(len(choices)-1)
+			if i == 0 {
+				p = 0.9
+			}
+			probabilities = append(probabilities, p)
+		}
 	}
-	finish := "stop"
 	if req.MaxTokens > 0 && len(words) > req.MaxTokens {
 		words, finish = words[:req.MaxTokens], "length"
 	}
-	return func(yield func(child.GenerateEvent, error) bool) {
-		for i, word := range words {
-			switch word {
-			case "die":
-				yield(child.GenerateEvent{}, &child.ExitError{Name: "runner", Code: -1, Signal: syscall.SIGABRT, Stderr: []string{"secret path"}})
-				return
-			case "toolong":
-				yield(child.GenerateEvent{}, &child.Error{Code: child.CodeContextLength, Message: "the prompt has 9000 tokens, the context 8192"})
-				return
-			case "wait":
-				<-ctx.Done()
-				close(e.cancelled)
-				yield(child.GenerateEvent{}, context.Cause(ctx))
-				return
-			case "panic":
-				panic("a bug")
-			}
-			piece := word
-			if i > 0 {
-				piece = " " + word
-			}
-			event := child.GenerateEvent{Text: piece}
-			if req.LogProbs {
-				token := child.TokenLogProb{Token: piece, Bytes: []byte(piece), LogProb: -0.5}
-				for j := range req.TopLogProbs {
-					token.Top = append(token.Top, child.TokenLogProb{Token: fmt.Sprint(j), Bytes: []byte{byte(200 + j)}, LogProb: math.Inf(-1)})
+	if req.PromptOnly {
+		words, finish = nil, "length"
+	}
+	n := max(req.N, 1)
+	entry := func(piece string, p float64) []child.TokenLogProb {
+		if !req.LogProbs {
+			return nil
+		}
+		token := child.TokenLogProb{Token: piece, Bytes: []byte(piece), LogProb: p}
+		for j := range req.TopLogProbs {
+			token.Top = append(token.Top, child.TokenLogProb{Token: fmt.Sprint(j), Bytes: []byte{byte(200 + j)}, LogProb: math.Inf(-1)})
+		}
+		return []child.TokenLogProb{token}
+	}
+	if req.Echo {
+		for i := range n {
+			event := child.GenerateEvent{Index: i, Text: strings.Join(prompt, " ")}
+			for j, word := range prompt {
+				if j == 0 {
+					event.LogProbs = append(event.LogProbs, entry(word, child.NoLogProb)...)
+				} else {
+					event.LogProbs = append(event.LogProbs, entry(" "+word, -0.25)...)
 				}
-				event.LogProbs = []child.TokenLogProb{token}
 			}
 			if !yield(event, nil) {
 				return
 			}
 		}
-		yield(child.GenerateEvent{FinishReason: finish, Usage: &child.Usage{PromptTokens: 7, CompletionTokens: len(words), CachedTokens: 3}}, nil)
 	}
+	for at, word := range words {
+		switch word {
+		case "die":
+			yield(child.GenerateEvent{}, &child.ExitError{Name: "runner", Code: -1, Signal: syscall.SIGABRT, Stderr: []string{"secret path"}})
+			return
+		case "toolong":
+			yield(child.GenerateEvent{}, &child.Error{Code: child.CodeContextLength, Message: "the prompt has 9000 tokens, the context 8192"})
+			return
+		case "busy":
+			yield(child.GenerateEvent{}, &child.Error{Code: child.CodeOverloaded, Message: "256 requests are waiting"})
+			return
+		case "loading":
+			yield(child.GenerateEvent{}, &child.UnavailableError{Reason: child.ErrLoading, Message: "smol is loading: 3 of 9 GiB", RetryAfter: 1500 * time.Millisecond})
+			return
+		case "badregex":
+			yield(child.GenerateEvent{}, &child.Error{Code: child.CodeInvalidRequest, Param: "regex", Message: "regex: unclosed group"})
+			return
+		case "wait":
+			<-ctx.Done()
+			close(e.cancelled)
+			yield(child.GenerateEvent{}, context.Cause(ctx))
+			return
+		case "panic":
+			panic("a bug")
+		case "cut":
+			return
+		}
+		for i := range n {
+			piece := word + strings.Repeat("'", i)
+			if at > 0 || req.Echo {
+				piece = " " + piece
+			}
+			events := []child.GenerateEvent{{Index: i, Text: piece, LogProbs: entry(piece, -0.5)}}
+			switch word {
+			case "think":
+				events = []child.GenerateEvent{{Index: i, Reasoning: "hm", LogProbs: entry("hm", -0.5)}}
+			case "call":
+				finish = "tool_calls"
+				events = []child.GenerateEvent{
+					{Index: i, ToolCalls: []child.ToolCallDelta{{ID: "call_a", Name: "weather"}}},
+					{Index: i, ToolCalls: []child.ToolCallDelta{{Arguments: `{"city":`}}},
+					{Index: i, ToolCalls: []child.ToolCallDelta{{Arguments: `"Köln"}`}, {Index: 1, ID: "call_b", Name: "time", Arguments: "{}"}}},
+				}
+			}
+			for _, event := range events {
+				if !yield(event, nil) {
+					return
+				}
+			}
+		}
+	}
+	for i := range n {
+		event := child.GenerateEvent{Index: i, FinishReason: finish, ChoiceProbabilities: probabilities}
+		if i == n-1 {
+			event.Usage = &child.Usage{PromptTokens: 7, CompletionTokens: n * len(words), CachedTokens: 3}
+		}
+		if !yield(event, nil) {
+			return
+		}
+	}
+}
+
+// Embed gives each input the vector of its length and its number.
+func (e *echo) Embed(_ context.Context, _ child.Base, req child.EmbedRequest) (child.EmbedResponse, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.embeds = append(e.embeds, req)
+	resp := child.EmbedResponse{PromptTokens: 5 * len(req.Inputs)}
+	for i, input := range req.Inputs {
+		if input.Text == "toolong" {
+			return resp, &child.Error{Code: child.CodeContextLength, Message: "the input has 9000 tokens, the context 8192"}
+		}
+		resp.Vectors = append(resp.Vectors, []float32{float32(len(input.Text) + len(input.Tokens)), float32(i), 0.5})
+	}
+	return resp, nil
+}
+
+// Tokenize makes a token of each byte.
+func (e *echo) Tokenize(_ context.Context, _ child.Base, req child.TokenizeRequest) (child.TokenizeResponse, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.tokenizes = append(e.tokenizes, req)
+	resp := child.TokenizeResponse{Tokens: req.Tokens, ContextTokens: 2048}
+	var text string
+	switch {
+	case req.Text != nil:
+		text = *req.Text
+	case req.Messages != nil:
+		text = req.Messages[0].Content
+	}
+	if req.AddSpecialTokens {
+		resp.Tokens, resp.Pieces = append(resp.Tokens, 1), append(resp.Pieces, []byte("<s>"))
+	}
+	for _, b := range []byte(text) {
+		resp.Tokens, resp.Pieces = append(resp.Tokens, engine.Token(b)), append(resp.Pieces, []byte{b})
+	}
+	for _, token := range req.Tokens {
+		resp.Text += string(rune(token))
+	}
+	return resp, nil
+}
+
+func (e *echo) Models() []child.ModelState {
+	return []child.ModelState{{Model: "smol", State: child.Ready, Seconds: 2.5, IdleSeconds: 1.5, PID: 7}}
 }
 
 // bases are base models that need no files.
@@ -242,7 +379,7 @@ func wantError(t *testing.T, name string, status int, body string, wantStatus in
 func TestRouting(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	if status, body := r.do(t, "GET", "/health", ""); status != 200 || body != "{\"status\":\"ok\"}\n" {
+	if status, body := r.do(t, "GET", "/health", ""); status != 200 || body != `{"status":"ok","models":[{"model":"smol","state":"ready","seconds":2.5,"idle_seconds":1.5,"requests":0,"pid":7}]}`+"\n" {
 		t.Errorf("health: %d %s", status, body)
 	}
 	for _, test := range []struct {
@@ -251,7 +388,7 @@ func TestRouting(t *testing.T) {
 		code         string
 	}{
 		{"GET", "/", 404, "unknown_url"},
-		{"GET", "/v1/embeddings", 404, "unknown_url"},
+		{"GET", "/v1/embeddings", 405, "method_not_allowed"},
 		{"POST", "/v1/chat/completions/", 404, "unknown_url"},
 		{"GET", "/v1/chat/completions", 405, "method_not_allowed"},
 		{"PUT", "/v1/files", 405, "method_not_allowed"},

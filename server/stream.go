@@ -11,7 +11,7 @@ import (
 	"github.com/hone-llm/hone/internal/child"
 )
 
-// stream sends a completion as server-sent events: what chunks makes of each event, then [DONE]. Nothing is sent before
+// stream sends completions as server-sent events: what chunks makes of each event, then [DONE]. Nothing is sent before
 // the first event is there, so a refusal still has its HTTP status. A later error is returned after events were sent;
 // Server.handle then writes it as the stream's last event.
 //
@@ -32,7 +32,7 @@ func stream(c *gin.Context, events iter.Seq2[child.GenerateEvent, error], chunks
 		for _, chunk := range chunks(event) {
 			writeEvent(c, chunk)
 		}
-		if event.FinishReason != "" {
+		if event.Usage != nil {
 			_, _ = c.Writer.WriteString("data: [DONE]\n\n") // a client that is gone cannot be told
 			c.Writer.Flush()
 			return nil

@@ -238,7 +238,7 @@ func TestEndToEndChat(t *testing.T) {
 	for _, top := range answer.LogProbs.Content[0].TopLogProbs {
 		sum += math.Exp(top.LogProb)
 	}
-	if !strings.Contains("ABC", answer.Message.Content) || answer.Message.Content == "" || math.Abs(sum-1) > 1e-3 {
+	if !strings.Contains("ABC", *answer.Message.Content) || *answer.Message.Content == "" || math.Abs(sum-1) > 1e-3 {
 		t.Errorf("choice %+v with probabilities that sum to %v", answer, sum)
 	}
 

@@ -3,53 +3,45 @@ package wire
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 )
 
-// ChatCompletionRequest is the body of POST /v1/chat/completions. Pointers separate an absent field from a zero:
-// temperature 0 is greedy, an absent temperature is OpenAI's default.
+// ChatCompletionRequest is the body of POST /v1/chat/completions.
 type ChatCompletionRequest struct {
-	Model               string         `json:"model"`
-	Messages            []Message      `json:"messages"`
-	MaxTokens           *int           `json:"max_tokens,omitempty"`
-	MaxCompletionTokens *int           `json:"max_completion_tokens,omitempty"`
-	Temperature         *float64       `json:"temperature,omitempty"`
-	TopP                *float64       `json:"top_p,omitempty"`
-	N                   *int           `json:"n,omitempty"`
-	Seed                *int64         `json:"seed,omitempty"`
-	Stop                StringList     `json:"stop,omitempty"`
-	LogProbs            *bool          `json:"logprobs,omitempty"`
-	TopLogProbs         *int           `json:"top_logprobs,omitempty"`
-	Stream              *bool          `json:"stream,omitempty"`
-	StreamOptions       *StreamOptions `json:"stream_options,omitempty"`
-	// GuidedChoice makes the completion exactly one of these strings.
-	GuidedChoice []string `json:"guided_choice,omitempty"`
+	Model               string    `json:"model"`
+	Messages            []Message `json:"messages"`
+	MaxTokens           *int      `json:"max_tokens,omitempty"`
+	MaxCompletionTokens *int      `json:"max_completion_tokens,omitempty"`
+	LogProbs            *bool     `json:"logprobs,omitempty"`
+	TopLogProbs         *int      `json:"top_logprobs,omitempty"`
+	Sampling
+
+	Tools             json.RawMessage `json:"tools,omitempty"`       // []Tool, kept as sent for the template
+	ToolChoice        json.RawMessage `json:"tool_choice,omitempty"` // a string or {type: function, function: {name}}
+	ParallelToolCalls *bool           `json:"parallel_tool_calls,omitempty"`
+
+	ReasoningEffort      *string             `json:"reasoning_effort,omitempty"`
+	ChatTemplateKwargs   *ChatTemplateKwargs `json:"chat_template_kwargs,omitempty"`
+	ContinueFinalMessage *bool               `json:"continue_final_message,omitempty"` // the last message is the beginning of the answer
+	AddGenerationPrompt  *bool               `json:"add_generation_prompt,omitempty"`
 }
 
-// StreamOptions asks for a last chunk with the request's token counts.
-type StreamOptions struct {
-	IncludeUsage bool `json:"include_usage,omitempty"`
+// ChatTemplateKwargs are the variables of a chat template that a request may set.
+type ChatTemplateKwargs struct {
+	EnableThinking *bool `json:"enable_thinking,omitempty"`
 }
 
-// StringList is one string or an array of strings; it is written as an array.
-type StringList []string
+// Tool is a function that the model may call.
+type Tool struct {
+	Type     string   `json:"type"` // function
+	Function Function `json:"function"`
+}
 
-// UnmarshalJSON accepts "x", ["x", "y"] and null.
-func (l *StringList) UnmarshalJSON(data []byte) error {
-	if data = bytes.TrimSpace(data); len(data) > 0 && data[0] == '"' {
-		var one string
-		if err := json.Unmarshal(data, &one); err != nil {
-			return err
-		}
-		*l = StringList{one}
-		return nil
-	}
-	var many []string
-	if err := json.Unmarshal(data, &many); err != nil {
-		return fmt.Errorf("expected a string or an array of strings, not %.40s", data)
-	}
-	*l = many
-	return nil
+// Function describes what a tool does; Parameters is the JSON schema of its arguments.
+type Function struct {
+	Name        string          `json:"name"`
+	Description string          `json:"description,omitempty"`
+	Parameters  json.RawMessage `json:"parameters,omitempty"`
+	Strict      *bool           `json:"strict,omitempty"`
 }
 
 // ChatCompletion answers a request that is not streamed.
@@ -63,19 +55,29 @@ type ChatCompletion struct {
 	Usage             *Usage       `json:"usage"`
 }
 
-// ChatChoice is a completion; hone answers with exactly one.
+// ChatChoice is one of the n completions.
 type ChatChoice struct {
 	Index        int          `json:"index"`
 	Message      ChatMessage  `json:"message"`
 	LogProbs     *LogProbs    `json:"logprobs"`
 	FinishReason FinishReason `json:"finish_reason"`
+	// ChoiceProbabilities, of a constraint to choices, has one for each of them, in the request's order.
+	ChoiceProbabilities []ChoiceProbability `json:"choice_probabilities,omitempty"`
+}
+
+// ChoiceProbability is the probability of a choice as a whole; those of all choices sum to 1.
+type ChoiceProbability struct {
+	Choice      string  `json:"choice"`
+	Probability float64 `json:"probability"`
 }
 
 // ChatMessage is the assistant's answer.
 type ChatMessage struct {
-	Role    string  `json:"role"`
-	Content string  `json:"content"`
-	Refusal *string `json:"refusal"`
+	Role             string     `json:"role"`
+	Content          *string    `json:"content"` // null beside tool calls
+	ReasoningContent string     `json:"reasoning_content,omitempty"`
+	Refusal          *string    `json:"refusal"`
+	ToolCalls        []ToolCall `json:"tool_calls,omitempty"`
 }
 
 // ChatCompletionChunk is one event of a streamed answer.
@@ -92,19 +94,36 @@ type ChatCompletionChunk struct {
 
 // ChunkChoice carries what a chunk adds to the answer.
 type ChunkChoice struct {
-	Index        int          `json:"index"`
-	Delta        ChatDelta    `json:"delta"`
-	LogProbs     *LogProbs    `json:"logprobs"`
-	FinishReason FinishReason `json:"finish_reason"`
+	Index               int                 `json:"index"`
+	Delta               ChatDelta           `json:"delta"`
+	LogProbs            *LogProbs           `json:"logprobs"`
+	FinishReason        FinishReason        `json:"finish_reason"`
+	ChoiceProbabilities []ChoiceProbability `json:"choice_probabilities,omitempty"` // with finish_reason
 }
 
-// ChatDelta is {role, content: ""} in the first chunk, {content} in the next ones and {} in the last.
+// ChatDelta is {role, content} in a choice's first chunk, one kind of content in each of the next ones, and {} in the last.
 type ChatDelta struct {
-	Role    string  `json:"role,omitempty"`
-	Content *string `json:"content,omitempty"`
+	Role             string           `json:"role,omitempty"`
+	Content          Nullable[string] `json:"content,omitzero"` // null in the first chunk of a choice that begins with a tool call
+	ReasoningContent string           `json:"reasoning_content,omitempty"`
+	ToolCalls        []ToolCallDelta  `json:"tool_calls,omitempty"`
 }
 
-// FinishReason is stop or length; the empty one is written as null.
+// ToolCallDelta is the beginning of a tool call, with ID, Type and Name, or a further part of its arguments.
+type ToolCallDelta struct {
+	Index    int               `json:"index"`
+	ID       string            `json:"id,omitempty"`
+	Type     string            `json:"type,omitempty"` // function
+	Function FunctionCallDelta `json:"function"`
+}
+
+// FunctionCallDelta has Name in the first delta of a call.
+type FunctionCallDelta struct {
+	Name      string `json:"name,omitempty"`
+	Arguments string `json:"arguments"`
+}
+
+// FinishReason is stop, length or tool_calls; the empty one is written as null.
 type FinishReason string
 
 // MarshalJSON writes null for a completion that goes on.
@@ -114,6 +133,9 @@ func (r FinishReason) MarshalJSON() ([]byte, error) {
 	}
 	return json.Marshal(string(r))
 }
+
+// NewNullable returns a field that is v.
+func NewNullable[T any](v T) Nullable[T] { return Nullable[T]{Set: true, Value: &v} }
 
 // Nullable is a field that is absent (the zero value), null (Set without Value) or a value. Its tag needs omitzero.
 type Nullable[T any] struct {
@@ -125,7 +147,16 @@ type Nullable[T any] struct {
 func (n Nullable[T]) IsZero() bool { return !n.Set }
 
 // MarshalJSON writes the value or null.
-func (n Nullable[T]) MarshalJSON() ([]byte, error) { return json.Marshal(n.Value) }
+func (n Nullable[T]) MarshalJSON() ([]byte, error) { return plainJSON(n.Value) }
+
+// plainJSON is json.Marshal without the escapes of <, > and &, which whoever writes the whole may still add.
+func plainJSON(v any) ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	err := enc.Encode(v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}
 
 // UnmarshalJSON remembers that the field was there.
 func (n *Nullable[T]) UnmarshalJSON(data []byte) error {
@@ -169,7 +200,7 @@ type PromptTokensDetails struct {
 	AudioTokens  int `json:"audio_tokens"`
 }
 
-// CompletionTokensDetails is in OpenAI's schema; hone does not separate reasoning from content.
+// CompletionTokensDetails says how many tokens of the completions were reasoning.
 type CompletionTokensDetails struct {
 	ReasoningTokens          int `json:"reasoning_tokens"`
 	AudioTokens              int `json:"audio_tokens"`

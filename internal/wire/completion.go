@@ -1,19 +1,14 @@
 package wire
 
-// CompletionRequest is the body of POST /v1/completions: a prompt that goes to the model as it is, with no template.
+// CompletionRequest is the body of POST /v1/completions: prompts that go to the model as they are, with no template.
 type CompletionRequest struct {
-	Model         string         `json:"model"`
-	Prompt        StringList     `json:"prompt"` // one prompt
-	MaxTokens     *int           `json:"max_tokens,omitempty"`
-	Temperature   *float64       `json:"temperature,omitempty"`
-	TopP          *float64       `json:"top_p,omitempty"`
-	N             *int           `json:"n,omitempty"`
-	Seed          *int64         `json:"seed,omitempty"`
-	Stop          StringList     `json:"stop,omitempty"`
-	LogProbs      *int           `json:"logprobs,omitempty"` // how many alternatives to return, 0 to 5
-	Stream        *bool          `json:"stream,omitempty"`
-	StreamOptions *StreamOptions `json:"stream_options,omitempty"`
-	GuidedChoice  []string       `json:"guided_choice,omitempty"`
+	Model     string `json:"model"`
+	Prompt    Texts  `json:"prompt"` // choices of prompt p have the indices p*n to p*n + n-1
+	MaxTokens *int   `json:"max_tokens,omitempty"`
+	LogProbs  *int   `json:"logprobs,omitempty"` // how many alternatives to return, 0 to 20
+	Echo      *bool  `json:"echo,omitempty"`     // text and logprobs begin with the prompt's
+	BestOf    *int   `json:"best_of,omitempty"`  // n, or absent
+	Sampling
 }
 
 // Completion answers a completion request, whole or as one event of a stream: OpenAI gives both the same shape.
@@ -33,12 +28,15 @@ type CompletionChoice struct {
 	Index        int                 `json:"index"`
 	LogProbs     *CompletionLogProbs `json:"logprobs"`
 	FinishReason FinishReason        `json:"finish_reason"`
+	// ChoiceProbabilities are as in ChatChoice.
+	ChoiceProbabilities []ChoiceProbability `json:"choice_probabilities,omitempty"`
 }
 
-// CompletionLogProbs holds one element a token in each of its lists.
+// CompletionLogProbs holds one element a token in each of its lists. The first token of an echoed prompt has none, and
+// null in both.
 type CompletionLogProbs struct {
 	Tokens        []string             `json:"tokens"`
-	TokenLogProbs []float64            `json:"token_logprobs"`
-	TopLogProbs   []map[string]float64 `json:"top_logprobs"`
-	TextOffset    []int                `json:"text_offset"` // in characters, from the start of the completion
+	TokenLogProbs []*float64           `json:"token_logprobs"`
+	TopLogProbs   []map[string]float64 `json:"top_logprobs"` // the alternatives and the token itself
+	TextOffset    []int                `json:"text_offset"`  // in characters, from the start of the choice's text
 }

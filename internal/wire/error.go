@@ -13,6 +13,8 @@ type Error struct {
 	Type    string  `json:"type"`
 	Param   *string `json:"param"` // the request's field, if one is to blame
 	Code    *string `json:"code"`
+
+	RetryAfter int `json:"-"` // seconds, of the header Retry-After; 0: none
 }
 
 func (e *Error) Error() string { return e.Message }
@@ -21,4 +23,5 @@ func (e *Error) Error() string { return e.Message }
 const (
 	ErrorTypeInvalidRequest = "invalid_request_error"
 	ErrorTypeServer         = "server_error"
+	ErrorTypeRateLimit      = "rate_limit_error"
 )

@@ -64,7 +64,7 @@ func (m *Message) UnmarshalJSON(data []byte) error {
 		}
 		var text strings.Builder
 		for i, part := range parts {
-			if part.Type != "text" || part.Text == nil {
+			if part.Type != "text" && part.Type != "input_text" || part.Text == nil { // input_text is the word of OpenAI's newer endpoints
 				return fmt.Errorf("content[%d]: part of type %q is not supported, only text", i, part.Type)
 			}
 			text.WriteString(*part.Text)

@@ -61,7 +61,6 @@ func TestAuto(t *testing.T) {
 // TestSafeOutput checks the shapes that OpenAI's clients break on when they differ.
 func TestSafeOutput(t *testing.T) {
 	t.Parallel()
-	empty := ""
 	for _, test := range []struct {
 		name  string
 		value any
@@ -73,7 +72,7 @@ func TestSafeOutput(t *testing.T) {
 			`{"id":"ftjob-1","object":"fine_tuning.job","created_at":0,"finished_at":null,"model":"","fine_tuned_model":null,` +
 				`"organization_id":"","status":"","hyperparameters":{},"training_file":"","validation_file":null,"result_files":[],` +
 				`"trained_tokens":null,"error":null,"seed":0,"estimated_finish":null,"integrations":null}`},
-		{"first chunk, usage wanted", ChatCompletionChunk{Choices: []ChunkChoice{{Delta: ChatDelta{Role: "assistant", Content: &empty}}}, Usage: Nullable[Usage]{Set: true}},
+		{"first chunk, usage wanted", ChatCompletionChunk{Choices: []ChunkChoice{{Delta: ChatDelta{Role: "assistant", Content: NewNullable("")}}}, Usage: Nullable[Usage]{Set: true}},
 			`{"id":"","object":"","created":0,"model":"","system_fingerprint":"","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}`},
 		{"last chunk, no usage", ChatCompletionChunk{Choices: []ChunkChoice{{FinishReason: "stop"}}},
 			`{"id":"","object":"","created":0,"model":"","system_fingerprint":"","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}`},
