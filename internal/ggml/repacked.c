@@ -240,11 +240,14 @@ INLINE void quantize(const float *x, struct hone_group *g) {
 	float inverse = 127 / a;
 	int32_t sums[2];
 #if defined(__AVX512BW__)
-	__m512i c0 = _mm512_cvtps_epi32(v0 * inverse), c1 = _mm512_cvtps_epi32(v1 * inverse);
-	_mm_storeu_si128((__m128i *)g->code, _mm512_cvtepi32_epi8(c0));
-	_mm_storeu_si128((__m128i *)(g->code + 16), _mm512_cvtepi32_epi8(c1));
-	sums[0] = _mm512_reduce_add_epi32(c0);
-	sums[1] = _mm512_reduce_add_epi32(c1);
+	__m128i c0 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v0 * inverse)), c1 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v1 * inverse));
+	_mm_storeu_si128((__m128i *)g->code, c0);
+	_mm_storeu_si128((__m128i *)(g->code + 16), c1);
+	// Sums of 8 codes, each 128 too large, in four integers of 64 bits.
+	__m256i eights = _mm256_sad_epu8(_mm256_xor_si256(_mm256_set_m128i(c1, c0), _mm256_set1_epi8((char)128)), _mm256_setzero_si256());
+	__m256i halves = _mm256_add_epi64(eights, _mm256_unpackhi_epi64(eights, eights));
+	sums[0] = _mm256_extract_epi32(halves, 0) - 16 * 128;
+	sums[1] = _mm256_extract_epi32(halves, 4) - 16 * 128;
 #else
 	for (int h = 0; h < 2; h++) {
 		sums[h] = 0;
@@ -314,6 +317,21 @@ void hone_op_swiglu_quantize_bytes(struct ggml_tensor *dst, int ith, int nth, vo
 //
 // with dot the exact integer sum of (code - offset) * code; every version of tile computes just this.
 
+// What a tile fetches from memory while it computes: every `each`-th group of the next panel, so that the tiles of a
+// panel together fetch the next and memory never waits. A panel's only tile fetches nothing: the processor, which sees
+// one stream of weights, does better on its own.
+struct ahead {
+	const uint8_t *next; // of the first group to fetch
+	int64_t each, wait;  // groups until the next one
+};
+
+INLINE void fetch(struct layout l, struct ahead *a) {
+	if (a->wait-- > 0) return;
+	for (int64_t i = 0; i < group_bytes(l); i += 64) __builtin_prefetch(a->next + i, 0, 2);
+	a->next += a->each * group_bytes(l);
+	a->wait = a->each - 1;
+}
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 enum { MOST = 6 }; // tokens of a tile: 12 sums in int32 and 12 in float32 stay in registers
@@ -334,13 +352,14 @@ INLINE void scales(struct layout l, const uint8_t *p, __m512 v[2]) {
 	for (int j = 0; j < 2; j++) v[j] = l.floats ? _mm512_load_ps((const float *)p + 16 * j) : _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p + j));
 }
 
-INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, float f[][P]) {
+INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, struct ahead ahead, float f[][P]) {
 	int64_t stride = groups * sizeof *x;
 	const char *token = (const char *)x;
 	__m512 sum[MOST][2];
 #pragma GCC unroll 6
 	for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
 	for (int64_t b = 0; b < groups; b++, w += group_bytes(l), token += sizeof *x) {
+		fetch(l, &ahead);
 #define FIELD(i, name) (token + (i) * stride + offsetof(struct hone_group, name))
 		__m512 d[2], m[2];
 #pragma GCC unroll 2
@@ -460,10 +479,11 @@ INLINE void factors(struct layout l, const uint8_t *p, float v[P]) {
 #endif
 }
 
-INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, float f[][P]) {
+INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, struct ahead ahead, float f[][P]) {
 	for (int i = 0; i < n; i++)
 		for (int o = 0; o < P; o++) f[i][o] = 0;
 	for (int64_t b = 0; b < groups; b++, w += group_bytes(l)) {
+		fetch(l, &ahead);
 		for (int h = 0; h < l.halves; h++) {
 			float d[P], m[P];
 			factors(l, w + code_bytes(l) + h * scale_bytes(l), d);
@@ -482,10 +502,10 @@ INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_gro
 
 #endif
 
-typedef void (*tile_t)(const uint8_t *w, const struct hone_group *x, int64_t groups, float f[][P]);
+typedef void (*tile_t)(const uint8_t *w, const struct hone_group *x, int64_t groups, struct ahead ahead, float f[][P]);
 
 #define TILE(n, kind) \
-	static __attribute__((noinline)) void tile_##n##_##kind(const uint8_t *w, const struct hone_group *x, int64_t groups, float f[][P]) { tile(n, layouts[kind], w, x, groups, f); }
+	static __attribute__((noinline)) void tile_##n##_##kind(const uint8_t *w, const struct hone_group *x, int64_t groups, struct ahead ahead, float f[][P]) { tile(n, layouts[kind], w, x, groups, ahead, f); }
 #define TILES(n) TILE(n, HONE_NIBBLES) TILE(n, HONE_NIBBLES_MINIMUM) TILE(n, HONE_NIBBLES_FLOAT) TILE(n, HONE_BYTES) TILE(n, HONE_BYTES_FLOAT) TILE(n, HONE_BYTES_HALVES)
 #define ROW(n) {tile_##n##_HONE_NIBBLES, tile_##n##_HONE_NIBBLES_MINIMUM, tile_##n##_HONE_NIBBLES_FLOAT, tile_##n##_HONE_BYTES, tile_##n##_HONE_BYTES_FLOAT, tile_##n##_HONE_BYTES_HALVES}
 TILES(1) TILES(2) TILES(3) TILES(4)
@@ -521,14 +541,18 @@ void hone_op_repacked_matmul(struct ggml_tensor *dst, int ith, int nth, void *us
 	int64_t most = CHUNK_BYTES / (groups * (int64_t)sizeof *x), chunk = most < 4 * MOST ? 4 * MOST : most, chunks = (T + chunk - 1) / chunk;
 	chunk = chunks ? (T + chunks - 1) / chunks : 0;
 	int64_t count = panels(M), units = count * chunks;
-	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
+	int64_t last = units * (ith + 1) / nth;
+	for (int64_t unit = units * ith / nth; unit < last; unit++) {
 		int64_t panel = unit % count, from = unit / count * chunk, to = from + chunk < T ? from + chunk : T;
 		int64_t width = M - panel * P < P ? M - panel * P : P;
 		// As many tiles as are needed, of about the same size.
-		for (int64_t left = (to - from + MOST - 1) / MOST, t = from; t < to; left--) {
-			int64_t n = (to - t + left - 1) / left;
+		int64_t tile_count = (to - from + MOST - 1) / MOST;
+		const uint8_t *next = w + (unit + 1 < last ? (unit + 1) % count : panel) * panel_bytes;
+		for (int64_t left = tile_count, t = from; t < to; left--) {
+			int64_t n = (to - t + left - 1) / left, j = tile_count - left;
 			float f[MOST][P] __attribute__((aligned(64)));
-			tiles[n - 1][kind](w + panel * panel_bytes, x + t * groups, groups, f);
+			struct ahead ahead = {next + j * group_bytes(layouts[kind]), tile_count, tile_count > 1 ? j : INT64_MAX};
+			tiles[n - 1][kind](w + panel * panel_bytes, x + t * groups, groups, ahead, f);
 			for (int64_t i = 0; i < n; i++, t++) {
 				int64_t at = t * M + panel * P;
 				if (width == P) // of a known size
