@@ -6,87 +6,122 @@ import (
 	"sync"
 
 	"github.com/hone-llm/hone/internal/child"
-	"github.com/hone-llm/hone/internal/gguf"
-	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/engine"
 )
 
-// maxIdleAdapters is how many loaded adapters that no sequence uses are kept.
-const maxIdleAdapters = 16
-
-// adapter is a loaded adapter. Sequences, and what they leave in the prefix cache, are told apart by its address; the
-// base model's adapter is nil.
+// adapter is a LoRA adapter that requests have named. Sequences, and what they leave in the prefix cache, are told apart
+// by its address; the base model's adapter is nil.
 type adapter struct {
 	id, path string
-	weights  *llama.Adapter
 
-	users int   // sequences; guarded by adapters.mu, as all below
-	gone  bool  // unloaded: freed with its last user
-	used  int64 // of adapters.clock, for choosing which idle one goes
+	// Guarded by adapters.mu.
+	users   int            // requests
+	holders int            // sequences that have a place, or soon will: its weights stay
+	gone    bool           // unloaded: forgotten with its last user
+	loading bool           // in a goroutine
+	loaded  engine.Adapter // nil: not in memory
+	err     error          // why it cannot be loaded
+	used    int64          // of adapters.clock, for choosing which idle one goes
 }
 
-// adapters are the loaded adapters of a base model, by id.
+// adapters are the adapters of a base model. Weights are loaded when a sequence's turn comes near, in a goroutine of
+// their own, and dropped when the memory is over its budget and no sequence holds them; freeing them is the scheduler's.
 type adapters struct {
-	model     *llama.Model
-	base      *gguf.File
 	scheduler *scheduler
+	budget    int64 // bytes
+	check     func(path string) error
 
-	mu    sync.Mutex
-	byID  map[string]*adapter
-	clock int64
+	mu     sync.Mutex
+	byID   map[string]*adapter
+	bytes  int64 // loaded
+	clock  int64
+	loads  sync.WaitGroup
+	closed bool
 }
 
-func newAdapters(m *llama.Model, base *gguf.File, s *scheduler) *adapters {
-	return &adapters{model: m, base: base, scheduler: s, byID: map[string]*adapter{}}
+func newAdapters(s *scheduler, budget int64) *adapters {
+	return &adapters{scheduler: s, budget: budget, byID: map[string]*adapter{}, check: func(string) error { return nil }}
 }
 
-// acquire returns the adapter for one sequence, loading it if need be; release gives it back. An id with another path
-// than before names a new adapter. The error is a *child.Error.
-func (a *adapters) acquire(want child.Adapter) (*adapter, error) {
+// acquire returns the adapter for one request; release gives it back. An id with another path than before names a new
+// adapter. Nothing is loaded yet.
+func (a *adapters) acquire(want child.Adapter) *adapter {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.clock++
-	if have := a.byID[want.ID]; have != nil {
-		if have.path == want.Path {
-			have.users++
-			have.used = a.clock
-			return have, nil
-		}
+	have := a.byID[want.ID]
+	if have != nil && have.path != want.Path {
 		a.remove(have)
+		have = nil
 	}
-	weights, err := a.load(want.Path)
-	if err != nil {
-		return nil, &child.Error{Code: child.CodeInvalidAdapter, Message: fmt.Sprintf("adapter %q: %v", want.ID, err)}
+	if have == nil {
+		have = &adapter{id: want.ID, path: want.Path}
+		a.byID[want.ID] = have
 	}
-	loaded := &adapter{id: want.ID, path: want.Path, weights: weights, users: 1, used: a.clock}
-	a.byID[want.ID] = loaded
-	a.trim()
-	return loaded, nil
-}
-
-func (a *adapters) load(path string) (*llama.Adapter, error) {
-	file, err := gguf.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	if err := gguf.CheckAdapter(file, a.base); err != nil {
-		return nil, err
-	}
-	return llama.LoadAdapter(a.model, path)
+	have.users++
+	return have
 }
 
 func (a *adapters) release(x *adapter) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	x.users--
-	if x.gone && x.users == 0 {
-		a.scheduler.forget(x)
+	a.settle(x)
+}
+
+// hold keeps the adapter's weights in memory until drop, and begins to load them if they are not there.
+func (a *adapters) hold(x *adapter) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.clock++
+	x.used = a.clock
+	x.holders++
+	if x.loaded != nil || x.loading || x.err != nil || a.closed {
 		return
 	}
+	x.loading = true
+	a.loads.Go(func() {
+		loaded, err := a.load(x.path)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		x.loading, x.loaded = false, loaded
+		if err != nil {
+			x.err = &child.Error{Code: child.CodeInvalidAdapter, Message: fmt.Sprintf("adapter %q: %v", x.id, err)}
+			if a.byID[x.id] == x { // a later request tries again
+				delete(a.byID, x.id)
+				x.gone = true
+			}
+		} else {
+			a.bytes += int64(loaded.Bytes())
+		}
+		a.settle(x)
+		a.trim()
+		a.scheduler.notify()
+	})
+}
+
+func (a *adapters) load(path string) (engine.Adapter, error) {
+	if err := a.check(path); err != nil {
+		return nil, err
+	}
+	return a.scheduler.decoder.LoadAdapter(path)
+}
+
+// drop ends a hold.
+func (a *adapters) drop(x *adapter) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	x.holders--
 	a.trim()
 }
 
-// unload removes the adapter of this id and reports whether there was one.
+// weights returns the adapter's weights, nil while they are loading, or why they cannot be loaded: a *child.Error.
+func (a *adapters) weights(x *adapter) (engine.Adapter, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return x.loaded, x.err
+}
+
+// unload removes the adapter of this id and reports whether there was one. One that is in use goes with its last user.
 func (a *adapters) unload(id string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -101,49 +136,83 @@ func (a *adapters) unload(id string) bool {
 func (a *adapters) remove(x *adapter) {
 	delete(a.byID, x.id)
 	x.gone = true
-	if x.users == 0 {
-		a.scheduler.forget(x)
+	a.settle(x)
+}
+
+// settle forgets an adapter that is gone and that nobody uses any more.
+func (a *adapters) settle(x *adapter) {
+	if x.gone && x.users == 0 && !x.loading {
+		a.free(x, true)
 	}
 }
 
-// trim removes the adapters that have been idle longest, down to maxIdleAdapters.
+// trim drops the weights that have been idle longest while there are more bytes than the budget.
 func (a *adapters) trim() {
-	for {
+	for a.bytes > a.budget {
 		var oldest *adapter
-		idle := 0
 		for _, x := range a.byID {
-			if x.users > 0 {
-				continue
-			}
-			idle++
-			if oldest == nil || x.used < oldest.used {
+			if x.loaded != nil && x.holders == 0 && (oldest == nil || x.used < oldest.used) {
 				oldest = x
 			}
 		}
-		if idle <= maxIdleAdapters {
+		if oldest == nil {
 			return
 		}
-		a.remove(oldest)
+		forget := oldest.users == 0
+		if forget {
+			delete(a.byID, oldest.id)
+			oldest.gone = true
+		}
+		a.free(oldest, forget)
 	}
 }
 
-func (a *adapters) ids() []string {
+// free gives the adapter's weights back between two steps, and with forget what they have computed in the prefix cache.
+func (a *adapters) free(x *adapter, forget bool) {
+	weights := x.loaded
+	x.loaded = nil
+	if weights != nil {
+		a.bytes -= int64(weights.Bytes())
+	}
+	s := a.scheduler
+	running := s.later(func() {
+		if forget {
+			s.forget(x)
+		}
+		if weights != nil {
+			weights.Close()
+		}
+	})
+	if !running && weights != nil { // nor does the decoder
+		weights.Close()
+	}
+}
+
+// inMemory returns the adapters whose weights are in memory, and how many bytes they take.
+func (a *adapters) inMemory() (ids []string, bytes int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	ids := make([]string, 0, len(a.byID))
-	for id := range a.byID {
-		ids = append(ids, id)
+	ids = []string{}
+	for id, x := range a.byID {
+		if x.loaded != nil {
+			ids = append(ids, id)
+		}
 	}
 	slices.Sort(ids)
-	return ids
+	return ids, a.bytes
 }
 
-// free frees every adapter; the scheduler must have stopped and no sequence be left.
-func (a *adapters) free() {
+// close waits for what is loading and frees everything; the scheduler must have stopped and no request be left.
+func (a *adapters) close() {
+	a.mu.Lock()
+	a.closed = true
+	a.mu.Unlock()
+	a.loads.Wait()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for id, x := range a.byID {
 		delete(a.byID, id)
-		a.scheduler.forget(x)
+		x.gone = true
+		a.free(x, false)
 	}
 }

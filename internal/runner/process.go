@@ -62,7 +62,8 @@ func Run(ctx context.Context, in io.Reader, out io.Writer, logger *slog.Logger) 
 	loading := make(chan loaded, 1)
 	go func() {
 		r, err := New(Options{
-			ModelDir: config.ModelDir, ContextTokens: config.ContextTokens, Sequences: config.Sequences, Threads: config.Threads, Device: config.Device, Logger: logger,
+			ModelDir: config.ModelDir, ContextTokens: config.ContextTokens, Sequences: config.Sequences, Threads: config.Threads, Device: config.Device,
+			CacheTokens: config.CacheTokens, CacheType: config.CacheType, Engine: config.Engine, Queue: config.Queue, AdapterBytes: config.AdapterBytes, Logger: logger,
 		})
 		loading <- loaded{r, err}
 	}()

@@ -7,16 +7,25 @@
 //
 // # Scheduling
 //
-// One goroutine owns the engine's context. In each step it admits waiting sequences, puts the next token of every
-// generating sequence and as much of the new prompts as fits into one batch, decodes it, and samples one token for
-// each sequence whose last token was in it. All sequences of a batch have the same adapter; while sequences of another
-// one wait, the adapters take turns of a bounded number of steps.
+// One goroutine owns the decoder (engine.Decoder: hone's own graph, or llama.cpp). In each step it gives places to waiting
+// sequences, puts the next token of every stream and as much of the prompts as may be computed beside them into one batch,
+// decodes it, and hands the outputs to the sequences' readers, in goroutines beside each other: a completion samples, a
+// choice scores, an embedding sums up. Masks of constraints are computed meanwhile.
+//
+//   - Prompts are computed in chunks. While streams run, a chunk is so small that the time between their tokens stays
+//     under three times what it is alone (pace).
+//   - Places go to the client that was served least, counted in tokens; a client's first sequence does not wait for
+//     another's second (queue.go). More requests than the queue may hold are refused at once.
+//   - Where the decoder mixes adapters, a batch has parts of all of them. Elsewhere the adapters take turns of a bounded
+//     number of steps. Adapters are loaded beside, within a budget of memory (adapters).
 //
 // # Prefix cache
 //
-// The cache is a pool of cells that all sequences share. What a sequence leaves there stays until the room is needed,
-// and a new prompt begins with the longest prefix that any sequence of the same adapter has computed, its cells being
-// shared, not copied. A prompt that shares its beginning with one being computed waits for that.
+// The cache is a pool of cells that all sequences share, under a radix tree over token ids for each adapter. What a
+// sequence leaves there stays until the room is needed, and a new one begins with the longest prefix that any sequence
+// has computed, running ones included; its cells are shared, not copied. A prompt that shares its beginning with one
+// being computed waits for that. Where cells run out, what was not used for longest goes first, then the sequence that was
+// admitted last waits.
 package runner
 
 import (
@@ -24,13 +33,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
-	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
 	"github.com/hone-llm/hone/internal/llama"
 	"github.com/hone-llm/hone/internal/prompt"
@@ -40,12 +48,16 @@ import (
 const (
 	defaultContextTokens = 8192 // at most; a longer one is asked for in the configuration
 	defaultSequences     = 8
-	maxSequences         = 32    // the engine has 64 sequence numbers; half of them keep prefixes
+	maxSequences         = 64
+	defaultQueue         = 256
+	defaultAdapterBytes  = 256 << 20
 	poolTokens           = 16384 // cells of the cache when a full context for every sequence would be more
 	maxTopLogProbs       = 20
 	maxStops             = 16
 	maxStopBytes         = 1024
 	maxChoices           = 1000
+	maxCompletions       = 8
+	maxInputs            = 2048
 )
 
 // ErrStopping is the cause with which Close ends requests.
@@ -55,12 +67,15 @@ var ErrStopping = errors.New("the runner is stopping")
 type Options struct {
 	ModelDir      string       // base.gguf, tokenizer.json?, chat_template.jinja?
 	ContextTokens int          // longest prompt + completion; 0 takes the model's own, at most 8192
-	Sequences     int          // decoded in one batch; 0 means 8, at most 32
+	Sequences     int          // decoded in one batch; 0 means 8, at most 64
 	Threads       int          // 0 means all cores
 	Device        string       // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
+	CacheTokens   int          // cells of the key-value cache; 0: for a full context of every sequence, at most 16384 and one context
+	CacheType     string       // f16 ("" too), q8_0
+	Engine        string       // auto ("" too): hone's own where it can; own, llama
+	Queue         int          // requests that may wait; 0 means 256
+	AdapterBytes  int64        // of idle adapters kept in memory; 0 means 256 MiB
 	Logger        *slog.Logger // nil discards
-
-	poolTokens int // cells of the cache; tests make it small
 }
 
 // Runner is one loaded base model. Its methods may be called from several goroutines.
@@ -71,11 +86,12 @@ type Runner struct {
 	contextTokens int
 	logger        *slog.Logger
 	scheduler     *scheduler
-	adapters      *adapters
+	engine        string // own, llama
 	constraints   *constraints
 	ends          []engine.Token // end a turn
+	places        atomic.Int64   // left: how many more requests may come
 
-	calls   sync.RWMutex // held for reading by Generate, for writing by Close
+	calls   sync.RWMutex // held for reading by requests, for writing by Close
 	closed  bool
 	stopped chan struct{} // closed when the scheduler's goroutine has ended
 }
@@ -88,9 +104,16 @@ func New(o Options) (_ *Runner, err error) {
 	if o.Sequences == 0 {
 		o.Sequences = defaultSequences
 	}
-	if o.Sequences < 0 || o.Sequences > maxSequences || o.ContextTokens < 0 || o.Threads < 0 {
+	if o.Queue == 0 {
+		o.Queue = defaultQueue
+	}
+	if o.AdapterBytes == 0 {
+		o.AdapterBytes = defaultAdapterBytes
+	}
+	if o.Sequences < 0 || o.Sequences > maxSequences || o.ContextTokens < 0 || o.Threads < 0 || o.CacheTokens < 0 || o.Queue < 0 || o.AdapterBytes < 0 {
 		return nil, &child.Error{Code: child.CodeInvalidRequest, Message: fmt.Sprintf(
-			"runner: sequences %d (0 to %d), context_tokens %d and threads %d (0 or more) are out of range", o.Sequences, maxSequences, o.ContextTokens, o.Threads)}
+			"runner: sequences %d (0 to %d), context_tokens %d, cache_tokens %d, threads %d, queue %d and adapter_bytes %d (0 or more) are out of range",
+			o.Sequences, maxSequences, o.ContextTokens, o.CacheTokens, o.Threads, o.Queue, o.AdapterBytes)}
 	}
 	invalid := func(err error) error {
 		return &child.Error{Code: child.CodeInvalidModel, Message: err.Error()}
@@ -109,40 +132,15 @@ func New(o Options) (_ *Runner, err error) {
 		return nil, invalid(fmt.Errorf("model %s: %w", path, err))
 	}
 	llama.Open(llama.Options{Logger: o.Logger})
-	gpu, err := placement(o.Device, r.base.Size, o.Logger)
-	if err != nil {
+	if err := r.load(path, o); err != nil {
 		return nil, err
-	}
-	model := llama.ModelOptions{}
-	if gpu {
-		model.GPULayers = llama.AllLayers
-	}
-	if r.model, err = llama.LoadModel(path, model); err != nil {
-		return nil, invalid(err)
 	}
 	if r.prompts, err = prompt.Open(o.ModelDir, r.model.ChatTemplate(), r.model); err != nil {
 		return nil, invalid(fmt.Errorf("model %s: %w", o.ModelDir, err))
 	}
-	r.contextTokens = o.ContextTokens
-	if r.contextTokens == 0 {
-		r.contextTokens = defaultContextTokens
-		if trained := r.model.TrainingContext(); trained > 0 {
-			r.contextTokens = min(trained, r.contextTokens)
-		}
-	}
-	if trained := r.model.TrainingContext(); trained > 0 && r.contextTokens > trained {
-		o.Logger.Warn("context_tokens is more than the model was trained with: long sequences may come out as nonsense",
-			slog.Int("context_tokens", r.contextTokens), slog.Int("trained_context_tokens", trained))
-	}
 	r.constraints = newConstraints(r.model)
 	r.ends = endTokens(r.model)
-	if o.poolTokens == 0 {
-		o.poolTokens = min(o.Sequences*r.contextTokens, max(r.contextTokens, poolTokens))
-	}
-	if r.scheduler, err = newScheduler(r.model, schedulerOptions{poolTokens: o.poolTokens, sequences: o.Sequences, threads: o.Threads, gpu: gpu}); err != nil {
-		return nil, fmt.Errorf("model %s: %w", path, err)
-	}
-	r.adapters = newAdapters(r.model, r.base, r.scheduler)
+	r.places.Store(int64(o.Sequences + o.Queue))
 	go func() {
 		defer close(r.stopped)
 		r.scheduler.run()
@@ -150,147 +148,33 @@ func New(o Options) (_ *Runner, err error) {
 	return r, nil
 }
 
-// placement decides whether a model of so many bytes is computed on a GPU. Its error is a *child.Error: the GPU that was
-// asked for is not there.
-func placement(device string, bytes int64, logger *slog.Logger) (gpu bool, err error) {
-	if device == "" || device == "cpu" {
-		return false, nil
-	}
-	devices, err := ggml.Devices("")
-	switch {
-	case err != nil && device == "cuda":
-		return false, &child.Error{Code: child.CodeInvalidRequest, Param: "device", Message: fmt.Sprintf("device cuda: %v", err)}
-	case err != nil:
-		logger.Debug("no GPU", slog.Any("reason", err))
-		return false, nil
-	}
-	// The cache and the buffers of computation take about a quarter of a model's size again.
-	need := bytes + bytes/4
-	for _, d := range devices {
-		if device == "cuda" || int64(d.FreeBytes) > need {
-			logger.Info("answers are computed on the GPU", slog.String("device", d.Description), slog.Int("free_bytes", d.FreeBytes))
-			return true, nil
-		}
-	}
-	logger.Info("the model does not fit into the GPU", slog.Int64("needed_bytes", need))
-	return false, nil
-}
-
 // ContextTokens is the longest prompt + completion of one sequence.
 func (r *Runner) ContextTokens() int { return r.contextTokens }
 
-// Generate answers one request. emit gets its events in order, the last one with a FinishReason; text that a slow emit
-// has not taken is joined. The error is a *child.Error if the request is refused or fails, the context's cause if it was
-// cancelled, else emit's. In every case the sequence has left the batch, or does within one decode.
-func (r *Runner) Generate(ctx context.Context, req child.GenerateRequest, emit func(child.GenerateEvent) error) error {
-	r.calls.RLock()
-	defer r.calls.RUnlock()
-	if r.closed {
-		return &child.Error{Code: child.CodeInternal, Message: ErrStopping.Error()}
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(context.Canceled)
-	defer context.AfterFunc(r.scheduler.stopping, func() { cancel(ErrStopping) })() //nolint:contextcheck // it is the runner's end, which ends the request too
-
-	if err := check(req); err != nil {
-		return err
-	}
-	tokens, err := r.promptTokens(ctx, req)
-	if err != nil {
-		return err
-	}
-	if len(tokens)+1 > r.contextTokens {
-		return &child.Error{Code: child.CodeContextLength, Param: "messages", Message: fmt.Sprintf(
-			"This model's maximum context length is %d tokens. However, your messages resulted in %d tokens, and at least one is needed for the completion. Please reduce the length of the messages.",
-			r.contextTokens, len(tokens))}
-	}
-	s := &sequence{
-		ctx:        ctx,
-		tokens:     tokens,
-		prompt:     len(tokens),
-		limit:      r.contextTokens,
-		sampler:    newSampler(req, 0, r.ends),
-		text:       newText(req.Stop),
-		logProbs:   req.LogProbs,
-		top:        req.TopLogProbs,
-		vocabulary: r.model,
-		out:        newOutbox(),
-	}
-	if req.MaxTokens > 0 {
-		s.limit = min(s.limit, s.prompt+min(req.MaxTokens, r.contextTokens))
-	}
-	if err := checkSampling(req, r.model.VocabularySize()); err != nil {
-		return err
-	}
-	s.sampler.prompt(tokens)
-	if req.Constraint != nil {
-		if s.constraint, err = r.constraints.New(ctx, *req.Constraint); err != nil {
-			return err
-		}
-		// Closed when the scheduler has let go of the sequence, which is what done says.
-		defer s.constraint.Close()
-	}
-	if choices := choicesOf(req); len(choices) > 0 {
-		for _, choice := range choices {
-			spelling, err := r.prompts.Continuation(choice)
-			if err != nil {
-				return &child.Error{Code: child.CodeInvalidRequest, Param: "choices", Message: err.Error()}
-			}
-			s.spellings = append(s.spellings, spelling)
-		}
-	}
-	if req.Adapter != nil {
-		if s.adapter, err = r.adapters.acquire(*req.Adapter); err != nil {
-			return err
-		}
-		defer r.adapters.release(s.adapter)
-	}
-	done, err := r.scheduler.submit(s)
-	if err != nil {
-		return &child.Error{Code: child.CodeInternal, Message: err.Error()}
-	}
-	defer func() {
-		cancel(context.Canceled)
-		<-done
-	}()
-	for {
-		event, err := s.out.take(ctx)
-		if err != nil {
-			if errors.Is(err, ErrStopping) {
-				return &child.Error{Code: child.CodeInternal, Message: err.Error()}
-			}
-			return err
-		}
-		if event.Error != nil {
-			return event.Error
-		}
-		if err := emit(event); err != nil {
-			return fmt.Errorf("send a completion's event: %w", err)
-		}
-		if event.FinishReason != "" {
-			return nil
-		}
-	}
-}
-
 // UnloadAdapter frees an adapter when the sequences that use it have ended; a later request loads it again. It reports
 // whether the adapter was loaded.
-func (r *Runner) UnloadAdapter(id string) bool { return r.adapters.unload(id) }
+func (r *Runner) UnloadAdapter(id string) bool { return r.scheduler.loaded.unload(id) }
 
 // Status is what the runner holds now, counted by sequences, tokens and adapter ids.
 type Status struct {
-	ContextTokens int      `json:"context_tokens"`
-	PoolTokens    int      `json:"pool_tokens"`   // cells of the cache
-	Running       int      `json:"running"`       // sequences in the batch
-	Waiting       int      `json:"waiting"`       // sequences that wait for a place or for their adapter's turn
-	CachedTokens  int      `json:"cached_tokens"` // kept of sequences that have ended, shared prefixes counted once for each
-	Adapters      []string `json:"adapters"`      // loaded
-	PromptTokens  int64    `json:"prompt_tokens"` // of all requests since the start
-	ReusedTokens  int64    `json:"reused_tokens"` // of these, found in the prefix cache
-	Completions   int64    `json:"completions"`   // requests that ended, in whatever way
-	Generated     int64    `json:"generated"`     // tokens sampled
-	Decodes       int64    `json:"decodes"`       // batches
-	Displaced     int64    `json:"displaced"`     // times that a running sequence had to wait because the cache was full
+	Engine          string   `json:"engine"` // own, llama
+	ContextTokens   int      `json:"context_tokens"`
+	PoolTokens      int      `json:"pool_tokens"`      // cells of the cache
+	FreeTokens      int      `json:"free_tokens"`      // of these, cells that nothing holds
+	Running         int      `json:"running"`          // sequences that have a place
+	Waiting         int      `json:"waiting"`          // sequences that wait for a place, their adapter, or its turn
+	Places          int      `json:"places"`           // how many more requests would be taken now
+	CachedTokens    int      `json:"cached_tokens"`    // kept of sequences that have ended, shared prefixes counted once for each
+	CachedSequences int      `json:"cached_sequences"` // that these are
+	Adapters        []string `json:"adapters"`         // in memory
+	AdapterBytes    int64    `json:"adapter_bytes"`    // that they take
+	StepSeconds     float64  `json:"step_seconds"`     // of the next token of one stream alone, as measured; 0: not yet
+	PromptTokens    int64    `json:"prompt_tokens"`    // of all sequences since the start
+	ReusedTokens    int64    `json:"reused_tokens"`    // of these, found in the prefix cache
+	Completions     int64    `json:"completions"`      // sequences that ended, in whatever way
+	Generated       int64    `json:"generated"`        // tokens sampled
+	Decodes         int64    `json:"decodes"`          // batches
+	Displaced       int64    `json:"displaced"`        // times that a running sequence had to wait because the cache was full
 }
 
 // Status returns a snapshot taken between two batches.
@@ -299,8 +183,8 @@ func (r *Runner) Status(ctx context.Context) (Status, error) {
 	if err := r.scheduler.do(ctx, func() { status = r.scheduler.status() }); err != nil {
 		return Status{}, err
 	}
-	status.ContextTokens = r.contextTokens
-	status.Adapters = r.adapters.ids()
+	status.Engine, status.ContextTokens, status.Places = r.engine, r.contextTokens, int(r.places.Load())
+	status.Adapters, status.AdapterBytes = r.scheduler.loaded.inMemory()
 	return status, nil
 }
 
@@ -312,85 +196,18 @@ func (r *Runner) Close() {
 	defer r.calls.Unlock()
 	if !r.closed {
 		r.closed = true
-		r.adapters.free()
 		r.free()
 	}
 }
 
 func (r *Runner) free() {
+	r.constraints.free()
 	if r.scheduler != nil {
 		r.scheduler.free()
 	}
-	r.constraints.free()
 	_ = r.prompts.Close() // frees memory; there is nothing to do about an error
 	r.model.Close()
 	if r.base != nil {
 		_ = r.base.Close() // opened for reading
 	}
-}
-
-// check refuses what no request of the server contains; every number that reaches the engine is bounded here.
-func check(req child.GenerateRequest) error {
-	refuse := func(param, format string, args ...any) error {
-		return &child.Error{Code: child.CodeInvalidRequest, Param: param, Message: param + " " + fmt.Sprintf(format, args...)}
-	}
-	switch {
-	case (req.Messages != nil) == (req.Prompt != nil):
-		return refuse("messages", "or prompt must be set, one of the two")
-	case req.MaxTokens < 0:
-		return refuse("max_tokens", "is %d, expected 0 (no limit) or more", req.MaxTokens)
-	case req.TopLogProbs < 0 || req.TopLogProbs > maxTopLogProbs:
-		return refuse("top_logprobs", "is %d, expected 0 to %d", req.TopLogProbs, maxTopLogProbs)
-	case len(req.Stop) > maxStops:
-		return refuse("stop", "has %d strings, at most %d are allowed", len(req.Stop), maxStops)
-	case len(choicesOf(req)) > maxChoices:
-		return refuse("choices", "has %d entries, at most %d are allowed", len(choicesOf(req)), maxChoices)
-	case req.Adapter != nil && (req.Adapter.ID == "" || req.Adapter.Path == ""):
-		return refuse("adapter", "needs an id and a path")
-	}
-	for i, s := range req.Stop {
-		if s == "" || len(s) > maxStopBytes {
-			return refuse("stop", "[%d] has %d bytes, expected 1 to %d", i, len(s), maxStopBytes)
-		}
-	}
-	return nil
-}
-
-func choicesOf(req child.GenerateRequest) []string {
-	if req.Constraint == nil {
-		return nil
-	}
-	return req.Constraint.Choices
-}
-
-func (r *Runner) promptTokens(ctx context.Context, req child.GenerateRequest) (tokens []engine.Token, err error) {
-	param := "messages"
-	switch {
-	case req.Prompt != nil:
-		param = "prompt"
-		tokens, err = r.prompts.Encode(*req.Prompt)
-		if err == nil && len(tokens) == 0 {
-			// An empty text: the model needs something to continue.
-			if bos, ok := r.model.BOS(); ok {
-				tokens = []engine.Token{bos}
-			}
-		}
-	case len(choicesOf(req)) > 0:
-		tokens, err = r.prompts.AnswerPrompt(ctx, req.Messages)
-	default:
-		tokens, err = r.prompts.Prompt(ctx, req.Messages)
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		return nil, &child.Error{Code: child.CodeInvalidRequest, Param: param, Message: err.Error()}
-	}
-	if len(tokens) == 0 {
-		return nil, &child.Error{Code: child.CodeInvalidRequest, Param: param, Message: "the prompt is empty"}
-	}
-	if len(tokens) > math.MaxInt32/2 {
-		return nil, &child.Error{Code: child.CodeContextLength, Param: param, Message: fmt.Sprintf("the prompt has %d tokens", len(tokens))}
-	}
-	return tokens, nil
 }

@@ -499,7 +499,7 @@ func TestCancelFreesTheSlot(t *testing.T) {
 // The cache is a pool: when its sequences outgrow it together, the last one waits and is computed again.
 func TestCacheOverflow(t *testing.T) {
 	// Three prompts of about 150 tokens in a pool of 256 cells.
-	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 256, Sequences: 4, Threads: 1, poolTokens: 256})
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 256, Sequences: 4, Threads: 1, CacheTokens: 256})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -720,7 +720,7 @@ func TestInvalidAdapter(t *testing.T) {
 func TestContextWarning(t *testing.T) {
 	for context, want := range map[int]bool{512: false, 8448: true} {
 		var log bytes.Buffer
-		r, err := New(Options{ModelDir: modelDir(t), ContextTokens: context, Sequences: 1, Threads: 1, poolTokens: 8448,
+		r, err := New(Options{ModelDir: modelDir(t), ContextTokens: context, Sequences: 1, Threads: 1, CacheTokens: 8448,
 			Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))})
 		if err != nil {
 			t.Fatal(err)

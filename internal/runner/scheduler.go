@@ -4,122 +4,113 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hone-llm/hone/internal/engine"
-	"github.com/hone-llm/hone/internal/llama"
 )
 
 const (
-	// stepTokens is the most tokens of one batch. The engine computes 512 at a time anyway, so a longer batch is no
-	// faster; it would only make generating sequences and cancelled ones wait longer.
-	stepTokens = 512
-	// turnSteps is how many steps the sequences of one adapter take while those of another wait.
+	// turnSteps is how many steps the sequences of one adapter take while those of another wait, where a batch has one.
 	turnSteps = 32
 	// sharedPrefix is how many more prompt tokens a waiting sequence must be able to take over from one that is being
 	// computed, to wait for them.
 	sharedPrefix = 16
+	// outputBytes bounds the logits of one batch where those of every token are wanted.
+	outputBytes = 64 << 20
 )
 
-var errNoToken = errors.New("the constraint allows no token of the model's vocabulary")
+var (
+	errNoToken = errors.New("the constraint allows no token of the model's vocabulary")
+	errQueue   = errors.New("the queue is full")
+)
 
-// slot is one of the engine's sequence numbers and what the cache holds for it.
-type slot struct {
-	id      int
-	tokens  []engine.Token // computed
-	adapter *adapter       // that computed them
-	owner   *sequence      // nil: kept for its prefix
-	used    int64          // step in which it was given up, for choosing which idle one goes
-}
-
-type schedulerOptions struct {
-	poolTokens, sequences, threads int
-	gpu                            bool // the model is on a GPU
-}
-
-// scheduler owns the engine's context; only the goroutine of run touches what is not guarded by mu.
+// scheduler owns the decoder; only the goroutine of run touches what is not guarded by mu.
 type scheduler struct {
-	context  *llama.Context
-	batch    *llama.Batch
-	limit    int  // running sequences
-	reuse    bool // the model's cache can be cut and shared
-	slots    []*slot
-	running  []*sequence // of the current adapter
-	waiting  []*sequence // in order of arrival
-	current  *adapter
-	turn     int  // steps since sequences of another adapter began to wait
-	crowded  bool // the cache is full: nobody is admitted until a running sequence has ended
+	decoder engine.Decoder
+	limits  engine.Limits
+	limit   int // running sequences, not counting branches
+	rows    int // of logits in a batch where those of every token are wanted
+	slots   []*slot
+	cache   *radix
+	running []*sequence // those with a place, in order of admission
+	waiting []*sequence // in order of arrival
+	clients clients
+	pace    pace
+	loaded  *adapters
+	whole   bool // only whole sequences can be shared, as a failed Share has shown
+	crowded bool // the cache is full: nobody is admitted until a running sequence has ended
+
+	// Where a batch has one adapter:
+	current *adapter
+	turn    int                // steps since sequences of another adapter began to wait
+	served  map[*adapter]int64 // step of each adapter's last turn
+
 	step     int64
+	arrivals int64
 	counters Status
 
 	mu       sync.Mutex
-	incoming []*sequence
+	incoming []*request
 	work     []func()
-	ended    bool       // run returns, or has returned
-	orphans  []*adapter // forgotten after that; free frees them
+	ended    bool // run returns, or has returned
 	wake     chan struct{}
 
 	stopping context.Context // ends with stop
 	stop     context.CancelFunc
 }
 
-func newScheduler(m *llama.Model, o schedulerOptions) (*scheduler, error) {
-	slots := 2 * o.sequences
-	attention := llama.AttentionFlash
-	if o.gpu {
-		attention = llama.AttentionPlain // make cuda leaves the flash kernels out, which take most of its build
+// newScheduler takes over the decoder: free closes it.
+func newScheduler(d engine.Decoder, running int, adapterBytes int64) *scheduler {
+	limits := d.Limits()
+	s := &scheduler{
+		decoder: d, limits: limits, limit: running,
+		rows:    max(16, outputBytes/4/limits.Vocabulary),
+		cache:   newRadix(),
+		clients: clients{byName: map[string]*client{}},
+		served:  map[*adapter]int64{},
+		wake:    make(chan struct{}, 1),
 	}
-	c, err := llama.NewContext(m, llama.ContextOptions{
-		Tokens: o.poolTokens, Sequences: slots, BatchTokens: stepTokens, MicroBatchTokens: stepTokens, Threads: o.threads, Attention: attention,
-	})
-	if err != nil {
-		return nil, err
-	}
-	s := &scheduler{context: c, batch: llama.NewBatch(stepTokens), limit: o.sequences, reuse: !m.Recurrent(), wake: make(chan struct{}, 1)}
-	for i := range slots {
-		s.slots = append(s.slots, &slot{id: i})
+	s.loaded = newAdapters(s, adapterBytes)
+	for i := range limits.Sequences {
+		s.slots = append(s.slots, &slot{number: engine.Sequence(i)})
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
-	return s, nil
+	return s
 }
 
+// free closes the decoder. run must have returned, or never have been called.
 func (s *scheduler) free() {
 	s.stop()
-	s.batch.Close()
-	s.context.Close()
-	for _, x := range s.orphans {
-		x.weights.Free()
-	}
-	s.orphans = nil
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.loaded.close()
+	s.decoder.Close()
 }
 
-// submit queues a sequence. The channel is closed when the scheduler has let go of it: it ended, or its context did.
-func (s *scheduler) submit(q *sequence) (done <-chan struct{}, err error) {
-	q.cached = -1
-	q.done = make(chan struct{})
+// submit hands in a request with its first sequences. Its done is closed when the scheduler has let go of all of them.
+func (s *scheduler) submit(r *request, sequences ...*sequence) error {
+	r.first = sequences
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		return nil, ErrStopping
+		return ErrStopping
 	}
-	s.incoming = append(s.incoming, q)
+	s.incoming = append(s.incoming, r)
 	s.notify()
-	return q.done, nil
+	return nil
 }
 
 // do runs f between two steps and waits for it.
 func (s *scheduler) do(ctx context.Context, f func()) error {
 	done := make(chan struct{})
-	s.mu.Lock()
-	if s.ended {
-		s.mu.Unlock()
+	if !s.later(func() { defer close(done); f() }) {
 		return ErrStopping
 	}
-	s.work = append(s.work, func() { defer close(done); f() })
-	s.mu.Unlock()
-	s.notify()
 	select {
 	case <-done:
 		return nil
@@ -128,30 +119,19 @@ func (s *scheduler) do(ctx context.Context, f func()) error {
 	}
 }
 
-// forget frees an adapter that no sequence uses, between two steps, or with the scheduler when that has stopped.
-func (s *scheduler) forget(x *adapter) {
-	f := func() {
-		for _, slot := range s.slots {
-			if slot.adapter == x && slot.owner == nil {
-				s.clear(slot)
-			}
-		}
-		if s.current == x {
-			s.current = nil
-			_ = s.context.SetAdapter(nil, 0) // removing fails only on a closed context, which uses none
-		}
-		x.weights.Free()
-	}
+// later runs f between two steps; false if there are none any more, and f does not run.
+func (s *scheduler) later(f func()) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		s.orphans = append(s.orphans, x)
-		return
+		return false
 	}
 	s.work = append(s.work, f)
 	s.notify()
+	return true
 }
 
+// notify makes the scheduler look again at what waits.
 func (s *scheduler) notify() {
 	select {
 	case s.wake <- struct{}{}:
@@ -164,18 +144,20 @@ func (s *scheduler) run() {
 	for s.stopping.Err() == nil {
 		s.receive()
 		s.reap()
-		if len(s.running)+len(s.waiting) == 0 {
+		s.prepare()
+		s.rotate()
+		s.admit()
+		if !s.decode() {
+			// Nothing to compute: no sequence, or all wait for their adapters to load.
 			select {
 			case <-s.wake:
 			case <-s.stopping.Done():
 			}
 			continue
 		}
-		s.rotate()
-		s.admit()
-		s.decode()
 		s.step++
 	}
+	s.receive()
 	s.mu.Lock()
 	s.ended = true
 	s.mu.Unlock()
@@ -192,316 +174,606 @@ func (s *scheduler) receive() {
 	incoming, work := s.incoming, s.work
 	s.incoming, s.work = nil, nil
 	s.mu.Unlock()
-	s.waiting = append(s.waiting, incoming...)
+	for _, r := range incoming {
+		r.client = s.clients.get(r.clientName)
+		for _, q := range r.first {
+			s.enter(q)
+		}
+		r.first = nil
+	}
 	for _, f := range work {
 		f()
 	}
 }
 
+// enter makes a new sequence wait.
+func (s *scheduler) enter(q *sequence) {
+	q.arrival = s.arrivals
+	s.arrivals++
+	q.request.open++
+	s.wait(q)
+}
+
+func (s *scheduler) wait(q *sequence) {
+	q.request.client.waiting++
+	at, _ := slices.BinarySearchFunc(s.waiting, q, func(a, b *sequence) int { return cmp.Compare(a.arrival, b.arrival) })
+	s.waiting = slices.Insert(s.waiting, at, q)
+}
+
 // reap lets go of the sequences whose requests were cancelled.
 func (s *scheduler) reap() {
-	cancelled := func(q *sequence) bool {
-		if q.ctx.Err() == nil {
+	s.remove(func(q *sequence) bool { return q.request.ctx.Err() != nil })
+}
+
+// remove lets go of sequences.
+func (s *scheduler) remove(which func(*sequence) bool) {
+	s.running = slices.DeleteFunc(s.running, func(q *sequence) bool {
+		if !which(q) {
 			return false
 		}
+		q.request.client.running--
 		s.leave(q)
 		return true
-	}
-	s.running = slices.DeleteFunc(s.running, cancelled)
-	s.waiting = slices.DeleteFunc(s.waiting, cancelled)
+	})
+	s.waiting = slices.DeleteFunc(s.waiting, func(q *sequence) bool {
+		if !which(q) {
+			return false
+		}
+		q.request.client.waiting--
+		s.leave(q)
+		return true
+	})
 }
 
 // leave ends a sequence's time here; its slot keeps its tokens.
 func (s *scheduler) leave(q *sequence) {
 	s.crowded = s.crowded && q.slot == nil
 	s.giveUp(q)
-	s.counters.Completions++
-	s.counters.PromptTokens += int64(q.prompt)
-	s.counters.ReusedTokens += int64(max(q.cached, 0))
-	s.counters.Generated += int64(len(q.tokens) - q.prompt)
-	close(q.done)
-}
-
-func (s *scheduler) giveUp(q *sequence) {
-	if q.slot != nil {
-		q.slot.owner, q.slot.used = nil, s.step
-		q.slot = nil
+	if q.holds {
+		q.holds = false
+		s.loaded.drop(q.request.adapter)
+	}
+	if q.parent == nil {
+		s.counters.Completions++
+		s.counters.PromptTokens += int64(q.prompt)
+		s.counters.ReusedTokens += int64(max(q.cached, 0))
+		s.counters.Generated += int64(len(q.tokens) - q.prompt)
+	}
+	r := q.request
+	if r.open--; r.open == 0 {
+		close(r.done)
 	}
 }
 
-// rotate chooses the adapter of this step: the current one until its sequences are done, or, while others wait, until
-// its turn is over. Its sequences then wait too; their slots keep what they have computed.
+func (s *scheduler) giveUp(q *sequence) {
+	if q.slot == nil {
+		return
+	}
+	q.slot.owner = nil
+	if q.slot.node == nil {
+		s.decoder.Truncate(q.slot.number, 0) // what it computed is of no use to others
+	}
+	q.slot = nil
+}
+
+// prepare begins to load the adapters of the sequences that come next, and ends those whose adapter cannot be loaded.
+func (s *scheduler) prepare() {
+	held := 0
+	failed := map[*sequence]error{}
+	for _, q := range s.waiting {
+		if q.request.adapter == nil {
+			continue
+		}
+		if held++; held > s.limit && !q.holds {
+			continue
+		}
+		if !q.holds {
+			q.holds = true
+			s.loaded.hold(q.request.adapter)
+		}
+		if _, err := s.loaded.weights(q.request.adapter); err != nil {
+			failed[q] = err
+		}
+	}
+	if len(failed) > 0 {
+		for q, err := range failed {
+			q.request.fail(err)
+		}
+		s.remove(func(q *sequence) bool { return failed[q] != nil })
+	}
+}
+
+// ready tells whether the sequence's adapter is loaded.
+func (s *scheduler) ready(q *sequence) bool {
+	if q.request.adapter == nil {
+		return true
+	}
+	if !q.holds {
+		return false
+	}
+	weights, err := s.loaded.weights(q.request.adapter)
+	return weights != nil && err == nil
+}
+
+// rotate chooses the adapter of this step where a batch can have only one: the current one until its sequences are done,
+// or, while others wait, until its turn is over. Its sequences then wait too; their slots keep what they have computed.
 func (s *scheduler) rotate() {
-	other := slices.IndexFunc(s.waiting, func(q *sequence) bool { return q.adapter != s.current })
-	mine := len(s.running) > 0 || slices.ContainsFunc(s.waiting, func(q *sequence) bool { return q.adapter == s.current })
-	if other < 0 {
+	if s.limits.MixedAdapters {
+		return
+	}
+	var next *sequence // of the adapter whose turn is longest ago
+	mine := len(s.running) > 0
+	for _, q := range s.waiting {
+		switch {
+		case !s.ready(q):
+		case q.request.adapter == s.current:
+			mine = true
+		case next == nil || s.served[q.request.adapter] < s.served[next.request.adapter]:
+			next = q
+		}
+	}
+	if next == nil {
 		s.turn = 0
 		return
 	}
 	if s.turn++; mine && s.turn <= turnSteps {
 		return
 	}
-	next := s.waiting[other].adapter
-	for _, q := range s.running {
-		s.giveUp(q)
+	for len(s.running) > 0 {
+		s.displace(s.running[len(s.running)-1])
 	}
-	s.waiting = append(s.waiting, s.running...)
-	s.running = s.running[:0]
+	s.served[s.current] = s.step
 	s.turn, s.crowded = 0, false
-	var weights *llama.Adapter
-	if next != nil {
-		weights = next.weights
+	s.current = next.request.adapter
+	if len(s.served) > 4*len(s.slots) { // adapters that are not asked for any more
+		clear(s.served)
 	}
-	if err := s.context.SetAdapter(weights, 1); err != nil {
-		s.failWaiting(next, err)
+}
+
+// displace makes a running sequence wait. What it has computed stays in the prefix cache.
+func (s *scheduler) displace(q *sequence) {
+	s.running = slices.DeleteFunc(s.running, func(o *sequence) bool { return o == q })
+	q.request.client.running--
+	s.giveUp(q)
+	s.wait(q)
+}
+
+// admit gives places to waiting sequences.
+func (s *scheduler) admit() {
+	if len(s.waiting) == 0 || s.places() <= 0 && !s.clients.unserved() &&
+		!slices.ContainsFunc(s.waiting, func(q *sequence) bool { return q.parent != nil }) {
 		return
 	}
-	s.current = next
-}
-
-func (s *scheduler) failWaiting(a *adapter, err error) {
-	_ = s.context.SetAdapter(nil, 0)
-	s.current = nil
-	s.waiting = slices.DeleteFunc(s.waiting, func(q *sequence) bool {
-		if q.adapter != a {
-			return false
-		}
-		q.fail(err)
-		s.leave(q)
-		return true
-	})
-}
-
-// admit gives slots to waiting sequences of the current adapter, in order of arrival.
-func (s *scheduler) admit() {
-	s.waiting = slices.DeleteFunc(s.waiting, func(q *sequence) bool {
-		if q.adapter != s.current || len(s.running) >= s.limit || s.crowded && len(s.running) > 0 {
-			return false
-		}
-		source, common := s.bestPrefix(q)
-		if s.reuse {
-			for _, r := range s.running {
-				// Not yet computed there, so the tokens would be computed twice in the same batch.
-				if n := commonPrefix(r.tokens, q.tokens[:len(q.tokens)-1]); n > len(r.slot.tokens) && n >= common+sharedPrefix {
-					return false
-				}
+	admitted := map[*sequence]bool{}
+	for q := range turns(s.waiting) {
+		var displaced *sequence
+		if q.parent == nil && s.places() <= 0 {
+			// A client's first sequence need not wait for another's second.
+			if q.request.client.running == 0 {
+				displaced = s.lastOf(s.clients.greediest())
+			}
+			if displaced == nil {
+				continue
 			}
 		}
-		s.place(q, source, common)
-		s.running = append(s.running, q)
-		return true
-	})
-}
-
-// bestPrefix returns the slot that holds most of the sequence's beginning, and how much. At least one token of the
-// sequence is left over, since its logits are needed.
-func (s *scheduler) bestPrefix(q *sequence) (best *slot, common int) {
-	if !s.reuse {
-		return nil, 0
-	}
-	for _, slot := range s.slots {
-		if slot.adapter != q.adapter {
+		if !s.admissible(q) {
 			continue
 		}
-		n := commonPrefix(slot.tokens, q.tokens[:len(q.tokens)-1])
-		if n > common || n == common && n > 0 && best.owner != nil && slot.owner == nil {
-			best, common = slot, n
+		if displaced != nil {
+			// Not s.displace: the list of those that wait must not change here.
+			s.running = slices.DeleteFunc(s.running, func(o *sequence) bool { return o == displaced })
+			displaced.request.client.running--
+			s.giveUp(displaced)
+			defer s.wait(displaced)
 		}
+		if !s.place(q) {
+			continue
+		}
+		admitted[q] = true
+		q.request.client.waiting--
+		q.request.client.running++
+		s.running = append(s.running, q)
 	}
-	return best, common
+	if len(admitted) > 0 {
+		s.waiting = slices.DeleteFunc(s.waiting, func(q *sequence) bool { return admitted[q] })
+	}
 }
 
-// place gives the sequence a slot that begins with the common prefix: the slot it was found in, if that is idle and
-// holds little else, else the one that has been idle longest, which shares the prefix's cells.
-func (s *scheduler) place(q *sequence, source *slot, common int) {
-	target := source
-	if source == nil || source.owner != nil || common*2 < len(source.tokens) {
-		target = s.longestIdle(source)
-		if target == nil {
-			target = source // the only idle one; there are more slots than running sequences
+// places is how many more sequences may run.
+func (s *scheduler) places() int {
+	n := s.limit
+	for _, q := range s.running {
+		if q.parent == nil {
+			n--
 		}
 	}
-	if target == source {
-		if !s.context.RemoveSequence(target.id, common) {
-			s.clear(target)
-			common = 0
-		}
-	} else {
-		s.clear(target)
-		if common > 0 && !s.context.CopySequence(source.id, target.id, common) {
-			common = 0
+	return n
+}
+
+// lastOf returns the sequence of a client that was admitted last and that nothing waits for, nil if there is none.
+func (s *scheduler) lastOf(c *client) *sequence {
+	if c == nil {
+		return nil
+	}
+	for _, q := range slices.Backward(s.running) {
+		if q.request.client == c && q.parent == nil && q.branches == 0 {
+			return q
 		}
 	}
-	target.tokens = q.tokens[:common]
-	target.adapter, target.owner = q.adapter, q
-	q.slot = target
+	return nil
+}
+
+// admissible tells whether a sequence could begin now.
+func (s *scheduler) admissible(q *sequence) bool {
+	if !s.ready(q) || !s.limits.MixedAdapters && q.request.adapter != s.current {
+		return false
+	}
+	if s.crowded && slices.ContainsFunc(s.running, func(r *sequence) bool { return r.left() > 0 }) {
+		return false
+	}
+	if s.whole || q.from < sharedPrefix {
+		return true
+	}
+	have, _ := s.cache.match(q.request.adapter, q.tokens[:q.from])
+	for _, r := range s.running {
+		// Not yet computed there, so the tokens would be computed twice in the same batch.
+		if r.request.adapter == q.request.adapter && r.shared && r.left() > 0 {
+			if n := commonPrefix(r.tokens, q.tokens[:q.from]); n > r.slot.held() && n >= have+sharedPrefix {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// place gives the sequence a slot that begins with as much of its tokens as the cache has: an idle one that holds nothing
+// else, or one that shares the prefix. It is false if every slot is in use.
+func (s *scheduler) place(q *sequence) bool {
+	a := q.request.adapter
+	var target *slot
+	common := 0
+	if s.whole {
+		if target = s.cache.matchWhole(a, q.tokens[:q.from]); target != nil {
+			common = target.held()
+		}
+	} else if n, at := s.cache.match(a, q.tokens[:q.from]); n > 0 {
+		common = n
+		at.touch(s.step)
+		if target = at.idle(); target == nil || at.depth != n {
+			source := at.holder()
+			switch target = s.empty(source); {
+			case target == nil:
+				return false
+			case target == source:
+				if s.decoder.Truncate(source.number, n) {
+					s.cache.cut(source, n)
+				} else {
+					s.cache.cut(source, 0)
+					common = 0
+				}
+			case !s.decoder.Share(source.number, target.number, n):
+				s.whole, common = true, 0
+			}
+		}
+	}
+	if target == nil {
+		if target = s.empty(nil); target == nil {
+			return false
+		}
+	}
+	target.owner = q
+	q.slot, q.computed = target, common
+	if q.shared && common > 0 && target.node == nil {
+		s.cache.add(target, a, q.tokens[:common], s.step)
+	}
 	if q.cached < 0 {
 		q.cached = min(common, q.prompt)
+		s.charge(q, promptCost*float64(q.prompt-q.cached))
+		s.clients.floor = max(s.clients.floor, q.request.client.served)
 	}
+	return true
 }
 
-// longestIdle returns the slot without an owner that was given up first, empty ones before all, but not this one; nil
-// if there is none.
-func (s *scheduler) longestIdle(but *slot) *slot {
-	var oldest *slot
+func (s *scheduler) charge(q *sequence, cost float64) { q.request.client.served += cost }
+
+// empty returns a slot without tokens, taking away those that were not used for longest; nil if every slot is in use. If
+// these are the ones to be shared (source), the slot is returned as it is.
+func (s *scheduler) empty(source *slot) *slot {
 	for _, slot := range s.slots {
-		if slot.owner != nil || slot == but {
-			continue
-		}
-		if len(slot.tokens) == 0 {
+		if slot.owner == nil && slot.node == nil {
 			return slot
 		}
-		if oldest == nil || slot.used < oldest.used {
-			oldest = slot
-		}
 	}
-	return oldest
+	slot := victim(s.slots, s.whole)
+	if slot != nil && slot != source {
+		s.clear(slot)
+	}
+	return slot
 }
 
+// clear takes away all tokens of a slot.
 func (s *scheduler) clear(slot *slot) {
-	s.context.RemoveSequence(slot.id, 0) // removing all of a sequence never fails
-	slot.tokens, slot.adapter = nil, nil
+	s.decoder.Truncate(slot.number, 0) // taking away all never fails
+	s.cache.cut(slot, 0)
+	if slot.owner != nil {
+		slot.owner.computed = 0
+	}
 }
 
-// decode computes one batch of the running sequences and samples from it.
-func (s *scheduler) decode() {
-	type part struct {
-		sequence *sequence
-		tokens   int
-		row      int // of the logits; -1 if the prompt goes on
-	}
-	var parts []part
-	s.batch.Reset()
-	add := func(q *sequence, n int) {
-		p := part{sequence: q, tokens: n, row: -1}
-		first := len(q.slot.tokens)
-		for i := first; i < first+n; i++ {
-			last := i == len(q.tokens)-1
-			if row := s.batch.Add(q.tokens[i], i, q.slot.id, last); last {
-				p.row = row
-			}
-		}
-		parts = append(parts, p)
-	}
-	// Generating sequences first: they need one row each. Then prompts in order of arrival.
-	for _, q := range s.running {
-		if len(q.tokens)-len(q.slot.tokens) == 1 {
-			add(q, 1)
-		}
-	}
-	for _, q := range s.running {
-		if left := len(q.tokens) - len(q.slot.tokens); left > 1 {
-			if n := min(left, s.context.BatchTokens()-s.batch.Len()); n > 0 {
-				add(q, n)
-			}
-		}
-	}
-	if len(parts) == 0 {
-		return
-	}
+// part is what a batch computes of one sequence.
+type part struct {
+	sequence *sequence
+	tokens   int
+	outputs  int // of its last tokens
+}
 
-	// Nobody waits for the batch any more when every request in it was cancelled.
+// compose chooses what the next batch computes: the next token of every stream, then as much of the prompts as may be
+// computed beside them.
+func (s *scheduler) compose() (parts []part, batch []engine.Part, streams, prompt int) {
+	budget, rows := s.limits.BatchTokens, s.rows
+	add := func(q *sequence, most int) int {
+		n := min(q.left(), most)
+		want := engine.WantNone
+		outputs := 0
+		switch {
+		case n <= 0:
+			return 0
+		case q.computed < q.from: // up to the first output that is wanted, which may be that of the last token alone
+			if q.computed+n > q.from && q.from < len(q.tokens)-1 {
+				n = q.from - q.computed
+			}
+			if q.computed+n == len(q.tokens) {
+				want, outputs = engine.WantLast, 1
+			}
+		case q.want == engine.WantState:
+			want, outputs = engine.WantState, n
+		case n == 1:
+			want, outputs = engine.WantLast, 1
+		default:
+			if n = min(n, rows); n <= 0 {
+				return 0
+			}
+			want, outputs = engine.WantAll, n
+			rows -= n
+		}
+		p := engine.Part{Sequence: q.slot.number, Position: q.computed, Tokens: q.tokens[q.computed : q.computed+n], Want: want}
+		if q.request.adapter != nil {
+			p.Adapter, _ = s.loaded.weights(q.request.adapter)
+		}
+		parts, batch = append(parts, part{q, n, outputs}), append(batch, p)
+		budget -= n
+		return n
+	}
+	var prompts []*sequence
+	for _, q := range s.running {
+		switch {
+		case q.left() == 1:
+			add(q, 1)
+			if len(q.tokens) > q.prompt && q.parent == nil {
+				streams++
+			}
+		case q.left() > 1:
+			prompts = append(prompts, q)
+		}
+	}
+	if len(prompts) == 0 {
+		return parts, batch, streams, 0
+	}
+	if streams > 0 {
+		budget = min(budget, s.pace.chunk(streams))
+	}
+	// The one that waits for longest goes on in any case, with a quarter of the batch. Of the rest, the client that was
+	// served least is next, and its shortest prompt: it is done soonest.
+	oldest := slices.MinFunc(prompts, func(a, b *sequence) int { return cmp.Compare(a.arrival, b.arrival) })
+	reserved := min(oldest.left(), (budget+3)/4)
+	budget -= reserved
+	slices.SortStableFunc(prompts, func(a, b *sequence) int {
+		return cmp.Or(cmp.Compare(a.request.client.served, b.request.client.served), cmp.Compare(a.left(), b.left()))
+	})
+	for _, q := range prompts {
+		most := budget
+		if q == oldest {
+			most += reserved
+			budget += reserved
+		}
+		prompt += add(q, most)
+	}
+	return parts, batch, streams, prompt
+}
+
+// decode computes one batch of the running sequences and reads from it; false if there is nothing to compute.
+func (s *scheduler) decode() bool {
+	parts, batch, streams, prompt := s.compose()
+	if len(parts) == 0 {
+		return false
+	}
+	began := time.Now()
+	err := s.compute(parts, batch, prompt > 0)
+	s.counters.Decodes++
+	switch {
+	case err == nil:
+		s.pace.observe(streams, prompt, time.Since(began))
+	case errors.Is(err, engine.ErrNoRoom) && s.makeRoom():
+		return true
+	default:
+		// What a failed batch left in the cache is not known.
+		failed := map[*sequence]bool{}
+		for _, p := range parts {
+			q := p.sequence
+			if errors.Is(err, engine.ErrAborted) {
+				if !s.decoder.Truncate(q.slot.number, q.computed) {
+					s.clear(q.slot)
+				}
+				continue
+			}
+			s.clear(q.slot)
+			q.request.fail(err)
+			failed[q] = true
+		}
+		s.remove(func(q *sequence) bool { return failed[q] })
+		return true
+	}
+	s.read(parts)
+	return true
+}
+
+// compute decodes a batch. If it is long and every request in it was cancelled, nobody waits for it any more: it is aborted.
+func (s *scheduler) compute(parts []part, batch []engine.Part, long bool) error {
+	if !long {
+		return s.decoder.Decode(batch)
+	}
 	var left atomic.Int64
 	left.Store(int64(len(parts)))
 	var aborting sync.WaitGroup
 	var stops []func() bool
 	for _, p := range parts {
 		aborting.Add(1)
-		stops = append(stops, context.AfterFunc(p.sequence.ctx, func() {
+		stops = append(stops, context.AfterFunc(p.sequence.request.ctx, func() {
 			defer aborting.Done()
 			if left.Add(-1) == 0 {
-				s.context.Abort()
+				s.decoder.Abort()
 			}
 		}))
 	}
-	err := s.context.Decode(s.batch)
+	err := s.decoder.Decode(batch)
 	for _, stop := range stops {
 		if stop() {
 			aborting.Done()
 		}
 	}
 	aborting.Wait()
-	s.context.ResetAbort()
-	s.counters.Decodes++
+	s.decoder.ResetAbort()
+	return err
+}
 
-	switch {
-	case err == nil:
-	case errors.Is(err, engine.ErrNoRoom) && s.makeRoom():
-		return
-	default:
-		// What a failed batch left in the cache is not known.
-		failed := map[*sequence]bool{}
-		for _, p := range parts {
-			s.clear(p.sequence.slot)
-			p.sequence.slot.adapter = p.sequence.adapter
-			if !errors.Is(err, engine.ErrAborted) {
-				p.sequence.fail(err)
-				failed[p.sequence] = true
+// read hands a batch's outputs to its sequences, beside each other.
+func (s *scheduler) read(parts []part) {
+	type result struct {
+		finished bool
+		spawned  []*sequence
+	}
+	results := make([]result, len(parts))
+	outputs := make([][][]float32, len(parts))
+	for i, p := range parts {
+		q := p.sequence
+		for j := range p.outputs {
+			outputs[i] = append(outputs[i], s.decoder.Output(i, j))
+		}
+		if q.shared {
+			s.extend(q, q.tokens[q.computed:q.computed+p.tokens])
+		}
+		q.computed += p.tokens
+	}
+	var reading sync.WaitGroup
+	for i, p := range parts {
+		q := p.sequence
+		if len(outputs[i]) == 0 || q.request.ctx.Err() != nil {
+			continue
+		}
+		do := func() { results[i].finished, results[i].spawned = q.reader.read(q, outputs[i]) }
+		if i == len(parts)-1 {
+			do()
+		} else {
+			reading.Go(do)
+		}
+	}
+	reading.Wait()
+
+	finished := map[*sequence]bool{}
+	for i, p := range parts {
+		q := p.sequence
+		if len(q.tokens) > q.prompt && q.parent == nil && len(outputs[i]) > 0 {
+			s.charge(q, generatedCost)
+		}
+		for _, spawned := range results[i].spawned {
+			if spawned.parent == q {
+				q.branches++
+			}
+			s.enter(spawned)
+		}
+		if results[i].finished {
+			finished[q] = true
+			if q.parent != nil {
+				if q.parent.branches--; q.parent.branches == 0 {
+					q.parent.joined()
+					finished[q.parent] = true
+				}
 			}
 		}
-		s.end(failed)
+	}
+	if len(finished) > 0 {
+		s.remove(func(q *sequence) bool { return finished[q] })
+	}
+}
+
+func (s *scheduler) extend(q *sequence, tokens []engine.Token) {
+	if q.slot.node == nil {
+		s.cache.add(q.slot, q.request.adapter, tokens, s.step)
 		return
 	}
-	finished := map[*sequence]bool{}
-	for _, p := range parts {
-		q := p.sequence
-		q.slot.tokens = q.tokens[:len(q.slot.tokens)+p.tokens]
-		if p.row >= 0 && q.ctx.Err() == nil && q.next(s.context.Logits(p.row)) {
-			finished[q] = true
-		}
-	}
-	s.end(finished)
+	s.cache.extend(q.slot, tokens, s.step)
 }
 
-// end lets go of running sequences.
-func (s *scheduler) end(which map[*sequence]bool) {
-	s.running = slices.DeleteFunc(s.running, func(q *sequence) bool {
-		if which[q] {
-			s.leave(q)
-		}
-		return which[q]
-	})
-}
-
-// makeRoom frees cells: those of the slot that has been idle longest, or else those of the sequence that was admitted
-// last, which waits until there is room and is computed again then. It is false if one sequence alone is left.
+// makeRoom frees cells: those of an idle slot, or else those of the sequence that was admitted last, which waits until
+// there is room and is computed again then. It is false if one sequence alone is left.
 func (s *scheduler) makeRoom() bool {
-	idle := slices.DeleteFunc(slices.Clone(s.slots), func(slot *slot) bool { return slot.owner != nil || len(slot.tokens) == 0 })
-	if len(idle) > 0 {
-		s.clear(slices.MinFunc(idle, func(a, b *slot) int { return cmp.Compare(a.used, b.used) }))
+	if slot := victim(s.slots, s.whole); slot != nil {
+		s.clear(slot)
 		return true
 	}
-	if len(s.running) < 2 {
-		return false
+	busy := 0
+	var last, parent *sequence
+	for _, q := range s.running {
+		switch {
+		case q.left() > 0:
+			busy++
+			last = q
+		case q.slot != nil:
+			parent = q
+		}
 	}
-	last := s.running[len(s.running)-1]
-	s.running = s.running[:len(s.running)-1]
-	s.clear(last.slot)
-	s.giveUp(last)
-	s.waiting = slices.Insert(s.waiting, 0, last)
-	s.crowded = true
-	s.counters.Displaced++
-	return true
+	switch {
+	case busy > 1:
+		s.clear(last.slot)
+		s.displace(last)
+		s.crowded = true
+		s.counters.Displaced++
+		return true
+	case parent != nil:
+		s.giveUp(parent) // its branches bring the prompt's tokens along
+		return true
+	}
+	return false
+}
+
+// forget takes everything that an adapter has computed out of the cache.
+func (s *scheduler) forget(a *adapter) {
+	for _, slot := range s.cache.forget(a) {
+		if slot.owner == nil {
+			s.decoder.Truncate(slot.number, 0)
+		}
+	}
+	delete(s.served, a)
+	if s.current == a {
+		s.current = nil
+	}
 }
 
 func (s *scheduler) status() Status {
 	status := s.counters
-	status.PoolTokens = s.context.Tokens()
+	status.PoolTokens = s.limits.CacheTokens
+	status.FreeTokens = s.decoder.FreeTokens()
 	status.Running, status.Waiting = len(s.running), len(s.waiting)
 	for _, slot := range s.slots {
 		if slot.owner == nil {
-			status.CachedTokens += len(slot.tokens)
+			status.CachedTokens += slot.held()
+			if slot.node != nil {
+				status.CachedSequences++
+			}
 		}
+	}
+	if alone := s.pace.alone(1); alone > 0 && !math.IsInf(alone, 0) {
+		status.StepSeconds = alone
 	}
 	return status
-}
-
-func commonPrefix(a, b []engine.Token) int {
-	n := min(len(a), len(b))
-	for i := range n {
-		if a[i] != b[i] {
-			return i
-		}
-	}
-	return n
 }

@@ -8,174 +8,169 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
-	"github.com/hone-llm/hone/internal/llama"
-	"github.com/hone-llm/hone/internal/llguidance"
 )
 
-// sequence is one request's prompt and completion tokens. Between submit and the closing of done it is the scheduler's.
-type sequence struct {
+// request is what a caller waits for: sequences, and what they have to say.
+type request struct {
 	ctx        context.Context
 	adapter    *adapter // nil: the base model
-	tokens     []engine.Token
-	prompt     int // of tokens, how many are the prompt's
-	limit      int // most tokens
-	sampler    *sampler
-	constraint *constraint      // nil: free text
-	spellings  [][]engine.Token // of the choices, as the tokenizer writes them; nil: any
-	text       *text
-	logProbs   bool
-	top        int
-	vocabulary *llama.Model
+	clientName string
 	out        *outbox
+	done       chan struct{} // closed when the scheduler has let go of all its sequences
 
-	slot   *slot // nil while it waits
-	cached int   // prompt tokens that the prefix cache had; -1 before the first admission
-	done   chan struct{}
+	// The scheduler's:
+	client *client
+	first  []*sequence // until it has received them
+	open   int         // sequences that it has not let go of
 }
 
-// next takes the logits after the sequence's last token, samples and reports; finished says that it was the last.
-func (s *sequence) next(logits []float32) (finished bool) {
-	var mask []uint32
-	if s.constraint != nil {
-		var err error
-		if mask, err = s.constraint.Mask(); err != nil {
-			return s.fail(err)
-		}
-		mask = s.spelled(mask)
-	}
-	token := s.sampler.pick(logits, mask)
-	if token < 0 {
-		return s.fail(errNoToken)
-	}
-	if s.vocabulary.IsEndOfGeneration(token) {
-		return s.finish("stop")
-	}
-	var logProb *child.TokenLogProb
-	if s.logProbs {
-		p, top := s.sampler.probabilities(logits, mask, token, s.top)
-		entry := s.entry(token, p)
-		for _, t := range top {
-			entry.Top = append(entry.Top, s.entry(t.token, t.logP))
-		}
-		logProb = &entry
-	}
-	s.tokens = append(s.tokens, token)
-	s.sampler.accept(token)
-	var piece []byte
-	if !s.vocabulary.IsControl(token) { // the name of a control token is no text
-		piece = s.vocabulary.Piece(token)
-	}
-	show, shown, stopped := s.text.add(piece, logProb)
-	if show != "" || len(shown) > 0 {
-		s.out.put(child.GenerateEvent{Text: show, LogProbs: shown})
-	}
-	if stopped {
-		return s.finish("stop")
-	}
-	if s.constraint != nil {
-		if err := s.constraint.Accept(token); err != nil {
-			return s.fail(err)
-		}
-		if s.constraint.Stopped() {
-			return s.finish("stop")
-		}
-	}
-	if len(s.tokens) >= s.limit {
-		return s.finish("length")
-	}
-	return false
+func newRequest(ctx context.Context, client string, a *adapter, completions int) *request {
+	return &request{ctx: ctx, adapter: a, clientName: client, out: newOutbox(completions), done: make(chan struct{})}
 }
 
-// spelled keeps of the allowed tokens those that go on with a choice as the tokenizer writes it. The constraint alone
-// also allows parts of words, which a model hardly ever writes: "L" would win for "London" over "Paris".
-func (s *sequence) spelled(allowed []uint32) []uint32 {
-	if s.spellings == nil {
-		return allowed
-	}
-	written := s.tokens[s.prompt:]
-	kept := make([]uint32, len(allowed))
-	any := false
-	keep := func(t engine.Token) {
-		if llguidance.Allowed(allowed, t) {
-			kept[t/32] |= 1 << (t % 32)
-			any = true
-		}
-	}
-	for _, spelling := range s.spellings {
-		if len(spelling) > len(written) && slices.Equal(spelling[:len(written)], written) {
-			keep(spelling[len(written)])
-		}
-	}
-	for _, t := range s.sampler.ends {
-		keep(t)
-	}
-	if !any { // two tokens of the same bytes, of which the constraint knows one
-		return allowed
-	}
-	return kept
-}
-
-func (s *sequence) entry(token engine.Token, logP float64) child.TokenLogProb {
-	piece := s.vocabulary.Piece(token)
-	return child.TokenLogProb{Token: validUTF8(piece), Bytes: piece, LogProb: logP}
-}
-
-func (s *sequence) finish(reason string) bool {
-	show, logProbs := s.text.finish()
-	s.out.put(child.GenerateEvent{Text: show, LogProbs: logProbs, FinishReason: reason, Usage: &child.Usage{
-		PromptTokens:     s.prompt,
-		CompletionTokens: len(s.tokens) - s.prompt,
-		CachedTokens:     max(s.cached, 0),
-	}})
-	return true
-}
-
-func (s *sequence) fail(err error) bool {
+// fail ends the request with an error; who takes its events cancels the rest of it.
+func (r *request) fail(err error) {
 	var refusal *child.Error
 	if !errors.As(err, &refusal) {
 		refusal = &child.Error{Code: child.CodeInternal, Message: err.Error()}
 	}
-	s.out.put(child.GenerateEvent{Error: refusal})
-	return true
+	r.out.fail(refusal)
 }
 
-// outbox holds what a sequence has to say and its reader has not taken yet, joined to one event: a slow reader never
-// holds up the batch, and what it leaves is bounded by the context.
+// sequence is tokens that are computed one after the other. Between submit and the closing of its request's done it is
+// the scheduler's.
+type sequence struct {
+	request *request
+	reader  reader
+	tokens  []engine.Token
+	prompt  int         // of tokens, how many are the prompt's
+	from    int         // outputs are wanted from this token on
+	want    engine.Want // WantState: they are hidden states; else logits
+	shared  bool        // what it has computed goes into the prefix cache
+	parent  *sequence   // of a branch, which has a place with it; nil: none
+	joined  func()      // is called when all branches have finished
+
+	slot     *slot // nil while it waits
+	computed int   // tokens in the slot
+	cached   int   // prompt tokens that the prefix cache had; -1 before the first admission
+	arrival  int64
+	branches int  // that have not finished; until they have, nothing is computed here
+	holds    bool // its adapter's weights
+}
+
+// newSequence returns a sequence whose last token's logits are wanted.
+func newSequence(r *request, tokens []engine.Token, reader reader) *sequence {
+	return &sequence{request: r, reader: reader, tokens: tokens, prompt: len(tokens), from: len(tokens) - 1, shared: true, cached: -1}
+}
+
+// left is how many tokens are to be computed now.
+func (q *sequence) left() int {
+	if q.branches > 0 {
+		return 0
+	}
+	return len(q.tokens) - q.computed
+}
+
+// reader makes something of a sequence's outputs.
+type reader interface {
+	// read takes the outputs of the tokens from q.from on and moves q.from. It may append a token to q.tokens. It says
+	// whether the sequence is finished, and returns others that are to be computed now. It runs in a goroutine of its own
+	// beside those of other sequences of the batch; the outputs are valid until it returns.
+	read(q *sequence, outputs [][]float32) (finished bool, spawned []*sequence)
+}
+
+// outbox holds what the completions of a request have to say and its reader has not taken yet, joined to one event for
+// each: a slow reader never holds up the batch, and what it leaves is bounded by the context.
 type outbox struct {
-	mu    sync.Mutex
-	event child.GenerateEvent
-	full  bool
-	wake  chan struct{} // capacity 1
+	mu     sync.Mutex
+	events []child.GenerateEvent // one a completion at most, in the order in which they began
+	open   int                   // completions whose FinishReason was not taken
+	usage  child.Usage
+	err    *child.Error
+	wake   chan struct{} // capacity 1
 }
 
-func newOutbox() *outbox { return &outbox{wake: make(chan struct{}, 1)} }
+func newOutbox(completions int) *outbox {
+	return &outbox{open: completions, wake: make(chan struct{}, 1)}
+}
 
+// put appends an event. With a FinishReason, Usage is what this completion adds to the request's.
 func (o *outbox) put(e child.GenerateEvent) {
 	o.mu.Lock()
-	o.event.Text += e.Text
-	o.event.LogProbs = append(o.event.LogProbs, e.LogProbs...)
-	if e.FinishReason != "" {
-		o.event.FinishReason, o.event.Usage = e.FinishReason, e.Usage
+	if e.Usage != nil {
+		o.usage.PromptTokens = max(o.usage.PromptTokens, e.Usage.PromptTokens)
+		o.usage.CachedTokens = max(o.usage.CachedTokens, e.Usage.CachedTokens)
+		o.usage.CompletionTokens += e.Usage.CompletionTokens
+		o.usage.ReasoningTokens += e.Usage.ReasoningTokens
+		e.Usage = nil
 	}
-	if e.Error != nil {
-		o.event.Error = e.Error
+	at := slices.IndexFunc(o.events, func(have child.GenerateEvent) bool { return have.Index == e.Index })
+	if at < 0 {
+		o.events = append(o.events, e)
+	} else {
+		have := &o.events[at]
+		have.Text += e.Text
+		have.Reasoning += e.Reasoning
+		have.ToolCalls = joinCalls(have.ToolCalls, e.ToolCalls)
+		have.LogProbs = append(have.LogProbs, e.LogProbs...)
+		if e.FinishReason != "" {
+			have.FinishReason, have.ChoiceProbabilities = e.FinishReason, e.ChoiceProbabilities
+		}
 	}
-	o.full = true
 	o.mu.Unlock()
+	o.notify()
+}
+
+// joinCalls appends parts of tool calls, those of one call to what is there of it.
+func joinCalls(have, more []child.ToolCallDelta) []child.ToolCallDelta {
+	for _, call := range more {
+		if n := len(have); n > 0 && have[n-1].Index == call.Index {
+			have[n-1].ID += call.ID
+			have[n-1].Name += call.Name
+			have[n-1].Arguments += call.Arguments
+			continue
+		}
+		have = append(have, call)
+	}
+	return have
+}
+
+// fail makes the next take return the error; the first one counts.
+func (o *outbox) fail(err *child.Error) {
+	o.mu.Lock()
+	if o.err == nil {
+		o.err = err
+	}
+	o.mu.Unlock()
+	o.notify()
+}
+
+func (o *outbox) notify() {
 	select {
 	case o.wake <- struct{}{}:
 	default:
 	}
 }
 
-// take waits for the next event; it returns the context's cause when that ends first.
+// take waits for the next event. The last one of all has the Usage. The error is what a sequence failed with, or the
+// context's cause when that ends first.
 func (o *outbox) take(ctx context.Context) (child.GenerateEvent, error) {
 	for {
 		o.mu.Lock()
-		if o.full {
-			event := o.event
-			o.event, o.full = child.GenerateEvent{}, false
-			o.mu.Unlock()
+		if o.err != nil {
+			defer o.mu.Unlock()
+			return child.GenerateEvent{}, o.err
+		}
+		if len(o.events) > 0 {
+			defer o.mu.Unlock()
+			event := o.events[0]
+			o.events = slices.Delete(o.events, 0, 1)
+			if event.FinishReason != "" {
+				if o.open--; o.open == 0 {
+					usage := o.usage
+					event.Usage = &usage
+				}
+			}
 			return event, nil
 		}
 		o.mu.Unlock()
@@ -185,4 +180,14 @@ func (o *outbox) take(ctx context.Context) (child.GenerateEvent, error) {
 			return child.GenerateEvent{}, context.Cause(ctx)
 		}
 	}
+}
+
+// failure returns what a sequence failed with, nil if none did.
+func (o *outbox) failure() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err == nil {
+		return nil
+	}
+	return o.err
 }
