@@ -75,6 +75,14 @@ func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o Cha
 	if len(messages) == 0 {
 		return nil, &MessageError{Message: -1, Err: errors.New("no messages before the assistant's turn")}
 	}
+	if last := len(messages) - 1; o.ContinueFinalMessage {
+		switch {
+		case messages[last].Role != "assistant":
+			return nil, &MessageError{Message: last, Err: errors.New("continue_final_message: the last message must be the assistant's")}
+		case len(messages[last].ToolCalls) > 0:
+			return nil, &MessageError{Message: last, Err: errors.New("continue_final_message: the last message calls tools, there is no text to continue")}
+		}
+	}
 	tools, err := parseTools(o.Tools)
 	if err != nil {
 		return nil, &MessageError{Message: -1, Param: "tools", Err: err}
@@ -96,10 +104,16 @@ func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o Cha
 		p.form = form
 	}
 	o.Answer = o.Answer || choice.Mode == child.ToolRequired || choice.Mode == child.ToolFunction
+	write := b.generate
 	if o.ContinueFinalMessage {
-		err = b.continueFinal(ctx, p, chat, o)
-	} else {
-		err = b.generate(ctx, p, chat, o)
+		write = b.continueFinal
+	}
+	err = write(ctx, p, chat, o)
+	if message := new(MessageError); errors.As(err, &message) && len(chat.Tools) > 0 {
+		// Some templates cannot do without what OpenAI lets a tool leave out.
+		if full, fullErr := completeTools(chat.Tools); fullErr == nil && write(ctx, p, Chat{chat.Messages, full}, o) == nil {
+			err = nil
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -178,13 +192,7 @@ const continueMark = "CONTINUE_FINAL_MESSAGE_TAG "
 // continueFinal makes the prompt up to the end of the last message's text, as transformers' continue_final_message does.
 func (b *Builder) continueFinal(ctx context.Context, p *ChatPrompt, chat Chat, o ChatOptions) error {
 	last := len(chat.Messages) - 1
-	if last < 0 || chat.Messages[last].Role != "assistant" {
-		return &MessageError{Message: last, Err: errors.New("continue_final_message: the last message must be the assistant's")}
-	}
 	final := chat.Messages[last]
-	if len(final.ToolCalls) > 0 {
-		return &MessageError{Message: last, Err: errors.New("continue_final_message: the last message calls tools, there is no text to continue")}
-	}
 	content := final.Content
 	final.Content += continueMark
 	text, err := b.render(ctx, Chat{Messages: chat.Messages[:last], Tools: chat.Tools}.with(final), false, o.vars())
@@ -247,6 +255,35 @@ func parseTools(text json.RawMessage) ([]tool, error) {
 		tools = append(tools, tool{f.Name, f.Parameters})
 	}
 	return tools, nil
+}
+
+// completeTools gives functions without a description or parameters empty ones.
+func completeTools(tools json.RawMessage) (json.RawMessage, error) {
+	list, err := jinja.FromJSON(tools)
+	if err != nil {
+		return nil, err
+	}
+	for _, item := range list.AsList().Items {
+		if !item.IsDict() {
+			return nil, errors.New("a tool is no object")
+		}
+		function, _ := item.AsDict().Get("function")
+		if !function.IsDict() {
+			return nil, errors.New("a tool has no function")
+		}
+		if _, ok := function.AsDict().Get("description"); !ok {
+			function.AsDict().Set("description", jinja.NewString(""))
+		}
+		if _, ok := function.AsDict().Get("parameters"); !ok {
+			parameters, err := jinja.FromJSON([]byte(`{"type": "object", "properties": {}}`))
+			if err != nil {
+				return nil, err
+			}
+			function.AsDict().Set("parameters", parameters)
+		}
+	}
+	text, err := jinja.ToJSON(list)
+	return json.RawMessage(text), err
 }
 
 // chooseTool checks the request's tool_choice and fills in its default.

@@ -382,7 +382,7 @@ func (p *Parser) scan() (closed, broken bool) {
 		case c == '}' || c == ']':
 			p.depth--
 			closed = p.depth == 0
-			if p.depth == 1 && p.started && !p.done && p.scanned > p.shown {
+			if p.depth == 1 && p.started && !p.done {
 				p.arguments(p.scanned + 1)
 				p.done = true
 			}
