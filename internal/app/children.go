@@ -73,12 +73,12 @@ func runnerBytes(base child.Base, config child.RunnerConfig) (int64, error) {
 	}
 	f, err := gguf.Open(path)
 	if err != nil {
-		return info.Size(), nil //nolint:nilerr // see above
+		return info.Size(), nil
 	}
 	defer f.Close()
 	elements, err := gguf.KeyValueElements(f)
 	if err != nil {
-		return info.Size(), nil //nolint:nilerr // see above
+		return info.Size(), nil
 	}
 	contextTokens := cmp.Or(config.ContextTokens, defaultContextTokens)
 	architecture, _ := f.Metadata.String("general.architecture")

@@ -31,6 +31,7 @@ var roles = map[string]func(config *bufio.Reader) int{
 	"runner":  runnerRole,
 	"nice":    niceRole,
 	"trainer": trainerRole,
+	"planner": plannerRole,
 }
 
 func TestMain(m *testing.M) {
@@ -107,6 +108,15 @@ func trainerRole(in *bufio.Reader) int {
 	if string(line) == "{\"op\":\"stop\"}\n" {
 		_ = out.Encode(TrainerEvent{Type: EventSaved, Message: config.JobID})
 	}
+	return 0
+}
+
+// plannerRole is a trainer that plans to take 500 bytes of what it is given, and ends.
+func plannerRole(in *bufio.Reader) int {
+	var config TrainerConfig
+	line, _ := in.ReadBytes('\n')
+	_ = json.Unmarshal(line, &config)
+	_ = json.NewEncoder(os.Stdout).Encode(TrainerEvent{Type: EventMemory, Memory: &MemoryPlan{Device: "cpu", TotalBytes: 500, FreeBytes: config.HostMemoryBytes}})
 	return 0
 }
 
@@ -199,6 +209,7 @@ func repeat(w http.ResponseWriter, r *http.Request) {
 			abort()
 		case "stop":
 			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+			time.Sleep(time.Second) // it does not stop at once
 		case "sleep":
 			time.Sleep(200 * time.Millisecond)
 		case "refuse":

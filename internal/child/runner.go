@@ -99,8 +99,9 @@ func StartRunner(ctx context.Context, opts RunnerOptions) (*Runner, error) {
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", config.Socket)
 		},
-		MaxIdleConnsPerHost: 16,
-		DisableCompression:  true,
+		// A connection that was kept may be that of a runner that has ended, and a request lost on it may not be sent again.
+		DisableKeepAlives:  true,
+		DisableCompression: true,
 	}}
 	first := make(chan error, 1)
 	go r.readEvents(first)
