@@ -46,6 +46,29 @@ type (
 	FineTuningMethod     = wire.FineTuningMethod
 	SupervisedMethod     = wire.SupervisedMethod
 	DPOMethod            = wire.DPOMethod
+
+	ChatCompletionRequest = wire.ChatCompletionRequest
+	ChatCompletion        = wire.ChatCompletion
+	Message               = wire.Message
+	Sampling              = wire.Sampling
+	Constraints           = wire.Constraints
+	ResponseFormat        = wire.ResponseFormat
+	JSONSchema            = wire.JSONSchema
+	StructuredOutputs     = wire.StructuredOutputs
+	ChatTemplateKwargs    = wire.ChatTemplateKwargs
+	ChoiceProbability     = wire.ChoiceProbability
+
+	DecisionRequest  = wire.DecisionRequest
+	DecisionInput    = wire.DecisionInput
+	DecisionQuestion = wire.DecisionQuestion
+	DecisionChoice   = wire.DecisionChoice
+	DecisionLevel    = wire.DecisionLevel
+	ChoiceValue      = wire.ChoiceValue
+	Decision         = wire.Decision
+	DecisionAnswer   = wire.DecisionAnswer
+
+	TokenizeRequest  = wire.TokenizeRequest
+	TokenizeResponse = wire.TokenizeResponse
 )
 
 // Number is a hyper-parameter that is given and not "auto".
@@ -70,7 +93,7 @@ func New(baseURL, key string) *Client {
 	// The predictor keeps this many requests in flight to one host; the default of 2 idle connections would reconnect for
 	// nearly every question.
 	transport.MaxIdleConnsPerHost = 64
-	httpClient := &http.Client{Transport: transport}
+	httpClient := &http.Client{Transport: bodyCopier{transport}}
 	config := openai.DefaultConfig(key)
 	config.BaseURL = baseURL
 	config.HTTPClient = httpClient

@@ -106,9 +106,10 @@ func (p *Predictor) Predict(ctx context.Context, q Question) (Prediction, error)
 		},
 	}
 	var response openai.ChatCompletionResponse
+	var chosen [][]ChoiceProbability
 	err := p.retry(ctx, func() (err error) {
-		response, err = p.client.CreateChatCompletion(ctx, request)
-		return explain(err)
+		response, chosen, err = p.client.Choose(ctx, request)
+		return err
 	})
 	var api *APIError
 	switch {
@@ -131,15 +132,22 @@ func (p *Predictor) Predict(ctx context.Context, q Question) (Prediction, error)
 	if details := response.Usage.PromptTokensDetails; details != nil {
 		prediction.CachedTokens = details.CachedTokens
 	}
-	if choice.LogProbs != nil {
+	switch {
+	case len(chosen) == 1 && len(chosen[0]) == len(Choices):
+		for _, c := range chosen[0] {
+			if i := slices.Index(Choices, c.Choice); i >= 0 {
+				prediction.Probabilities[i] = c.Probability
+			}
+		}
+		prediction.Confidence = prediction.Probabilities[at]
+	case choice.LogProbs != nil: // another server's
 		prediction.Probabilities = probabilities(choice.LogProbs.Content)
 		prediction.Confidence = prediction.Probabilities[at]
 	}
 	return prediction, nil
 }
 
-// probabilities reads the four choices' from the first token's alternatives. The server renormalises over the choices;
-// dividing by their sum again takes away the rounding.
+// probabilities reads the four choices' from the first token's alternatives and renormalises them.
 func probabilities(tokens []openai.LogProb) [4]float64 {
 	var p [4]float64
 	if len(tokens) == 0 {
@@ -211,11 +219,15 @@ func (p *Predictor) Run(ctx context.Context, questions []Question, emit func(Pre
 	return group.Wait()
 }
 
-// retry calls do again while it fails for want of a server, waiting twice as long each time, up to 4 s.
+// retry calls do again while it fails for want of a server, waiting twice as long each time, up to 4 s. While the model is
+// loading, it waits as long as the server does.
 func (p *Predictor) retry(ctx context.Context, do func() error) error {
 	wait, end := 100*time.Millisecond, time.Now().Add(p.options.RetryFor)
 	for {
 		err := do()
+		if api, ok := errors.AsType[*APIError](err); ok && api.Code == "model_loading" {
+			end = time.Now().Add(p.options.RetryFor)
+		}
 		if err == nil || ctx.Err() != nil || !retryable(err) || time.Now().Add(wait).After(end) {
 			return err
 		}

@@ -30,6 +30,7 @@ type api struct {
 	requests  []string                                  // bodies of chat requests
 	intercept func(w http.ResponseWriter, n int64) bool // true: it answered the n-th chat request
 	template  string                                    // of the model ft:base:local:x:1
+	extension string                                    // further fields of each choice
 	chats     atomic.Int64
 	inFlight  atomic.Int64
 	most      atomic.Int64
@@ -96,9 +97,9 @@ func (a *api) chat(w http.ResponseWriter, r *http.Request) {
 		top = append(top, fmt.Sprintf(`{"token":%q,"logprob":%g,"bytes":[%d]}`, l, math.Log(p), l[0]))
 	}
 	fmt.Fprintf(w, `{"id":"c","object":"chat.completion","created":1,"model":"base","choices":[{"index":0,"message":{"role":"assistant","content":%q},
-		"logprobs":{"content":[{"token":%q,"logprob":%g,"bytes":[65],"top_logprobs":[%s]}]},"finish_reason":"stop"}],
+		"logprobs":{"content":[{"token":%q,"logprob":%g,"bytes":[65],"top_logprobs":[%s]}]},"finish_reason":"stop"%s}],
 		"usage":{"prompt_tokens":60,"completion_tokens":1,"total_tokens":61,"prompt_tokens_details":{"cached_tokens":20}}}`,
-		letter, letter, math.Log(0.7), strings.Join(top, ","))
+		letter, letter, math.Log(0.7), strings.Join(top, ","), a.extension)
 }
 
 // ask returns n questions whose answers are A, B, C, D, A...
@@ -143,6 +144,21 @@ func TestRequestOnTheWire(t *testing.T) {
 	}
 	if got.Answer != "C" || math.Abs(got.Confidence-0.7) > 1e-9 || math.Abs(got.Probabilities[0]-0.1) > 1e-9 || got.PromptTokens != 60 || got.CachedTokens != 20 {
 		t.Errorf("prediction %+v", got)
+	}
+}
+
+// TestChoiceProbabilities takes hone's own numbers before those of the first token.
+func TestChoiceProbabilities(t *testing.T) {
+	t.Parallel()
+	server := newAPI(t)
+	server.extension = `,"choice_probabilities":[{"choice":"A","probability":0.125},{"choice":"B","probability":0.125},{"choice":"C","probability":0.5},{"choice":"D","probability":0.25}]`
+	p, err := New(server.URL+"/v1", "").NewPredictor(t.Context(), PredictorOptions{Model: "base"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := p.Predict(t.Context(), ask(3)[2])
+	if err != nil || got.Answer != "C" || got.Confidence != 0.5 || got.Probabilities != [4]float64{0.125, 0.125, 0.5, 0.25} || got.PromptTokens != 60 {
+		t.Errorf("prediction %+v, %v", got, err)
 	}
 }
 

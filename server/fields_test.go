@@ -1,10 +1,14 @@
 package server
 
 import (
+	"encoding/json"
+	"errors"
+	"io"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	openai "github.com/sashabaranov/go-openai"
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
@@ -217,5 +221,96 @@ func TestConversation(t *testing.T) {
 		if diff := cmp.Diff(test.want, got.Messages); diff != "" || got.ContinueFinalMessage != test.continues {
 			t.Errorf("continues %v (-want +got)\n%s", got.ContinueFinalMessage, diff)
 		}
+	}
+}
+
+// TestToolsThroughGoOpenAI checks what go-openai reads of calls, whole and streamed, and of n completions.
+func TestToolsThroughGoOpenAI(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	request := openai.ChatCompletionRequest{
+		Model: "smol", Messages: userSays("think call"), N: 2, ParallelToolCalls: false, ReasoningEffort: "high",
+		Tools:              []openai.Tool{{Type: openai.ToolTypeFunction, Function: &openai.FunctionDefinition{Name: "weather", Parameters: map[string]any{"type": "object"}}}},
+		ToolChoice:         openai.ToolChoice{Type: openai.ToolTypeFunction, Function: openai.ToolFunction{Name: "weather"}},
+		ChatTemplateKwargs: map[string]any{"enable_thinking": true}, LogitBias: map[string]int{"5": -100},
+		PresencePenalty: 0.5, FrequencyPenalty: -0.5,
+	}
+	calls := []openai.ToolCall{
+		{ID: "call_a", Type: "function", Function: openai.FunctionCall{Name: "weather", Arguments: `{"city":"Köln"}`}},
+		{ID: "call_b", Type: "function", Function: openai.FunctionCall{Name: "time", Arguments: "{}"}},
+	}
+	resp, err := r.client().CreateChatCompletion(t.Context(), request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, choice := range resp.Choices {
+		if diff := cmp.Diff(calls, choice.Message.ToolCalls); diff != "" || choice.Index != i || choice.FinishReason != openai.FinishReasonToolCalls ||
+			choice.Message.Content != "" || choice.Message.ReasoningContent != "hm" {
+			t.Errorf("choice %+v (-want +got)\n%s", choice, diff)
+		}
+	}
+	got, _ := r.echo.last()
+	want := child.GenerateRequest{
+		ID: got.ID, Client: got.Client, Messages: got.Messages, N: 2, Temperature: 1, TopP: 1, PresencePenalty: 0.5, FrequencyPenalty: -0.5,
+		LogitBias: map[engine.Token]float64{5: -100}, ReasoningEffort: "high", EnableThinking: new(true),
+		Tools:      []byte(`[{"function":{"name":"weather","parameters":{"type":"object"}},"type":"function"}]`),
+		ToolChoice: child.ToolChoice{Mode: child.ToolFunction, Name: "weather"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the runner's request (-want +got)\n%s", diff)
+	}
+
+	stream, err := r.client().CreateChatCompletionStream(t.Context(), request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	streamed := make([][]openai.ToolCall, 2)
+	for {
+		chunk, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, choice := range chunk.Choices {
+			for _, delta := range choice.Delta.ToolCalls {
+				if *delta.Index == len(streamed[choice.Index]) {
+					streamed[choice.Index] = append(streamed[choice.Index], openai.ToolCall{ID: delta.ID, Type: delta.Type, Function: openai.FunctionCall{Name: delta.Function.Name}})
+				}
+				streamed[choice.Index][*delta.Index].Function.Arguments += delta.Function.Arguments
+			}
+		}
+	}
+	if diff := cmp.Diff([][]openai.ToolCall{calls, calls}, streamed); diff != "" {
+		t.Errorf("streamed (-want +got)\n%s", diff)
+	}
+
+	// The calls and their results are the next request's messages.
+	messages := append(userSays("weather?"), resp.Choices[0].Message,
+		openai.ChatCompletionMessage{Role: openai.ChatMessageRoleTool, ToolCallID: "call_a", Content: "rain"},
+		openai.ChatCompletionMessage{Role: openai.ChatMessageRoleTool, ToolCallID: "call_b", Content: "noon"})
+	if _, err := r.client().CreateChatCompletion(t.Context(), openai.ChatCompletionRequest{Model: "smol", Messages: messages}); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := r.echo.last(); len(got.Messages) != 5 || got.Messages[2].ToolCalls[0].Function.Arguments != `{"city":"Köln"}` || got.Messages[4].ToolCallID != "call_b" {
+		t.Errorf("the runner's messages %+v", got.Messages)
+	}
+}
+
+// TestSchemaThroughGoOpenAI sends OpenAI's structured output.
+func TestSchemaThroughGoOpenAI(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	request := openai.ChatCompletionRequest{Model: "smol", Messages: userSays("?"), ResponseFormat: &openai.ChatCompletionResponseFormat{
+		Type:       openai.ChatCompletionResponseFormatTypeJSONSchema,
+		JSONSchema: &openai.ChatCompletionResponseFormatJSONSchema{Name: "letter", Strict: true, Schema: json.RawMessage(`{"type":"string","enum":["A","B"]}`)},
+	}}
+	if _, err := r.client().CreateChatCompletion(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := r.echo.last(); got.Constraint == nil || got.Constraint.Kind != child.ConstraintJSONSchema || got.Constraint.Text != `{"type":"string","enum":["A","B"]}` {
+		t.Errorf("constraint %+v", got.Constraint)
 	}
 }

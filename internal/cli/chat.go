@@ -124,12 +124,9 @@ func (t *conversation) interactive(ctx context.Context) error {
 // ask sends a prompt and prints the answer as it comes. Both stay in the conversation only if the answer is whole.
 func (t *conversation) ask(ctx context.Context, prompt string) error {
 	messages := append(slices.Clip(t.messages), openai.ChatCompletionMessage{Role: openai.ChatMessageRoleUser, Content: prompt})
-	answer, reason, err := t.client.StreamChat(ctx, openai.ChatCompletionRequest{Model: t.model, Messages: messages, MaxCompletionTokens: t.maxTokens},
-		func(text string) error {
-			_, err := io.WriteString(t.streams.out, text)
-			return err
-		})
-	fmt.Fprintln(t.streams.out)
+	printer := &answerPrinter{streams: t.streams, terminal: isTerminal(t.streams.out)}
+	answer, reason, err := t.client.StreamChat(ctx, openai.ChatCompletionRequest{Model: t.model, Messages: messages, MaxCompletionTokens: t.maxTokens}, printer.print)
+	printer.end()
 	if err != nil {
 		return err
 	}
@@ -139,3 +136,56 @@ func (t *conversation) ask(ctx context.Context, prompt string) error {
 	t.messages = append(messages, openai.ChatCompletionMessage{Role: openai.ChatMessageRoleAssistant, Content: answer})
 	return nil
 }
+
+// answerPrinter prints an answer as it comes. Reasoning is dimmed on a terminal; elsewhere it goes to standard error, so
+// that standard output is the answer alone.
+type answerPrinter struct {
+	streams  streams
+	terminal bool
+	thinking bool
+}
+
+func (p *answerPrinter) print(delta client.ChatDelta) error {
+	if delta.Reasoning != "" {
+		if p.terminal {
+			_, err := io.WriteString(p.streams.out, dim+delta.Reasoning+undim)
+			p.thinking = true
+			return err
+		}
+		if !p.thinking {
+			fmt.Fprintln(p.streams.err, "(thinking)")
+		}
+		p.thinking = true
+		if _, err := io.WriteString(p.streams.err, delta.Reasoning); err != nil {
+			return err
+		}
+	}
+	if delta.Text == "" {
+		return nil
+	}
+	p.endThinking()
+	_, err := io.WriteString(p.streams.out, delta.Text)
+	return err
+}
+
+// endThinking begins a new line for the answer.
+func (p *answerPrinter) endThinking() {
+	switch {
+	case p.thinking && p.terminal:
+		fmt.Fprint(p.streams.out, "\n\n")
+	case p.thinking:
+		fmt.Fprintln(p.streams.err, "\n(answer)")
+	}
+	p.thinking = false
+}
+
+func (p *answerPrinter) end() {
+	p.endThinking()
+	fmt.Fprintln(p.streams.out)
+}
+
+// ANSI's escape sequences of faint text and of its end.
+const (
+	dim   = "\x1b[2m"
+	undim = "\x1b[22m"
+)
