@@ -614,6 +614,8 @@ static const ggml_custom_op_t ops[] = {
 	[HONE_RMS_NORM] = op_rms_norm,         [HONE_RMS_NORM_BACK] = op_rms_norm_back, [HONE_SWIGLU] = op_swiglu,
 	[HONE_SWIGLU_BACK] = op_swiglu_back,   [HONE_ATTENTION] = op_attention,         [HONE_ATTENTION_BACK] = op_attention_back,
 	[HONE_SUM_HEADS] = op_sum_heads,
+	[HONE_PAGED_STORE] = hone_op_paged_store, [HONE_PAGED_ATTENTION] = hone_op_paged_attention, [HONE_ADAPT] = hone_op_adapt,
+	[HONE_PICK_ROWS] = hone_op_pick_rows,  [HONE_SWIGLU_ROWS] = hone_op_swiglu_rows,
 	[HONE_LORA_DOWN] = op_lora_down,       [HONE_LORA_UP] = op_lora_up,             [HONE_LORA_OUTER] = op_lora_outer,
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
 	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,       [HONE_PACK] = hone_op_pack,

@@ -4,6 +4,7 @@
 #define HONE_GGML_KERNELS_H
 
 #include "packed.h"
+#include "paged.h"
 #include "repacked.h"
 
 // hone_watch counts the nodes that a computation has done and tells it to stop.
@@ -41,6 +42,11 @@ enum hone_op {
 	HONE_NORM_QUANTIZE_BYTES,   // (x [D,T], gamma [D]; eps) -> HONE_QUANTIZE_BYTES of HONE_RMS_NORM
 	HONE_SWIGLU_QUANTIZE_BYTES, // (gate and up of each token [2F,T]) -> HONE_QUANTIZE_BYTES of HONE_SWIGLU
 	HONE_REPACKED_MATMUL,       // (repacked W, bytes of hone_group, residual [M,T] or none; layout, K) -> W x + residual [M,T]
+	HONE_PAGED_STORE, // of serving: see paged.c
+	HONE_PAGED_ATTENTION,
+	HONE_ADAPT,
+	HONE_PICK_ROWS,
+	HONE_SWIGLU_ROWS,
 };
 
 // The float steps of operations that round their results: RMSNorm is hone_norm_scale(x, hone_norm_inverse(x, D, eps),
