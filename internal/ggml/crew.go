@@ -113,6 +113,26 @@ func (p *Program) Nodes() int { return len(p.nodes) }
 // MemoryBytes is the size of its memory.
 func (t Tensor) MemoryBytes() int { return int(t.c.nb[3] * C.size_t(t.c.ne[3])) }
 
+// ShareMemory lets a tensor lie where another one begins, which is as large.
+func (t Tensor) ShareMemory(with Tensor) { t.c.data = with.c.data }
+
+// MemoryBytes is what Place takes for the context's tensors.
+func (x *Context) MemoryBytes() int {
+	bytes := 0
+	for t := C.ggml_get_first_tensor(x.c); t != nil; t = C.ggml_get_next_tensor(x.c, t) {
+		bytes += (Tensor{t}.MemoryBytes() + 63) / 64 * 64
+	}
+	return bytes
+}
+
+// Place gives the context's tensors memory outside of Go's heap, one behind the other.
+func (x *Context) Place(memory []byte) {
+	for t := C.ggml_get_first_tensor(x.c); t != nil; t = C.ggml_get_next_tensor(x.c, t) {
+		Tensor{t}.SetMemory(memory)
+		memory = memory[(Tensor{t}.MemoryBytes()+63)/64*64:]
+	}
+}
+
 // SetMemory makes memory outside of Go's heap, which must stay where it is, that of a tensor that has none.
 func (t Tensor) SetMemory(memory []byte) {
 	if len(memory) < t.MemoryBytes() {

@@ -1,0 +1,241 @@
+package graph_test
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/hone-llm/hone/internal/engine"
+	"github.com/hone-llm/hone/internal/engine/enginetest"
+	"github.com/hone-llm/hone/internal/ggml"
+	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/graph"
+	"github.com/hone-llm/hone/internal/llama"
+	"github.com/hone-llm/hone/internal/modeltest"
+)
+
+func newServer(t testing.TB, path string, o graph.ServerOptions) *graph.Server {
+	t.Helper()
+	file, err := gguf.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	s, err := graph.NewServer(file, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+func randomTokens(seed uint64, vocabulary, n int) []engine.Token {
+	random := rand.New(rand.NewPCG(seed, 1))
+	tokens := make([]engine.Token, n)
+	for i := range tokens {
+		tokens[i] = engine.Token(random.IntN(vocabulary))
+	}
+	return tokens
+}
+
+// decode computes the parts and returns a copy of all outputs, [part][wanted][].
+func decode(t testing.TB, s *graph.Server, parts ...engine.Part) [][][]float32 {
+	t.Helper()
+	if err := s.Decode(parts); err != nil {
+		t.Fatal(err)
+	}
+	out := make([][][]float32, len(parts))
+	for i := range parts {
+		for j := 0; ; j++ {
+			row := s.Output(i, j)
+			if row == nil {
+				break
+			}
+			out[i] = append(out[i], append([]float32(nil), row...))
+		}
+	}
+	return out
+}
+
+// trainerLogits are those of every token by the trainer's forward pass on float32 weights.
+func trainerLogits(t testing.TB, path string, tokens []engine.Token) [][]float32 {
+	t.Helper()
+	m := load(t, path, graph.Layout{Forward: ggml.F32, Backward: ggml.F32})
+	b := engine.Batch{Tokens: tokens, Segments: engine.Rows(len(tokens))}
+	for i := range tokens {
+		b.Targets = append(b.Targets, engine.Target{Position: i, Weight: 1})
+	}
+	logits, err := m.Logits(b, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return logits
+}
+
+// TestServerLogits compares every architecture and type with the trainer's forward pass on dequantised weights. Float
+// weights differ by the rounding of Packed and of the float16 cache, quantised ones by that of activations to int8.
+func TestServerLogits(t *testing.T) {
+	for _, model := range enginetest.Models {
+		t.Run(model.Name, func(t *testing.T) {
+			path := model.Write(t)
+			tokens := randomTokens(1, 101, 70)
+			want := trainerLogits(t, path, tokens)
+			bound := 0.005
+			if model.Type != gguf.F32 && model.Type != gguf.F16 && model.Type != gguf.BF16 {
+				bound = 0.1
+			}
+			s := newServer(t, path, graph.ServerOptions{Threads: 2, Sequences: 2, CacheTokens: 256})
+			got := decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll})[0]
+			worst := 0.0
+			for i := range want {
+				worst = max(worst, distance(got[i], want[i]))
+			}
+			t.Logf("relative distance at most %.2g", worst)
+			if !(worst < bound) {
+				t.Errorf("relative distance %g, expected less than %g", worst, bound)
+			}
+		})
+	}
+	t.Run("default", func(t *testing.T) {
+		path := modeltest.Path(t)
+		tokens := randomTokens(2, 49152, 100)
+		want := trainerLogits(t, path, tokens)
+		s := newServer(t, path, graph.ServerOptions{Threads: 2, Sequences: 2, CacheTokens: 256})
+		got := decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll})[0]
+		worst := 0.0
+		for i := range want {
+			worst = max(worst, distance(got[i], want[i]))
+		}
+		reference := 0.0
+		for i, logits := range llamaLogits(t, path, tokens) {
+			reference = max(reference, distance(logits, want[i]))
+		}
+		t.Logf("relative distance at most %.2g, that of llama.cpp %.2g", worst, reference)
+		if !(worst < 0.2) {
+			t.Errorf("relative distance %g, expected less than 0.2", worst)
+		}
+	})
+}
+
+// llamaLogits are those of every token by llama.cpp.
+func llamaLogits(t testing.TB, path string, tokens []engine.Token) [][]float32 {
+	t.Helper()
+	m, err := llama.LoadModel(path, llama.ModelOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	c, err := llama.NewContext(m, llama.ContextOptions{Tokens: 1024, Threads: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	b := llama.NewBatch(len(tokens))
+	defer b.Close()
+	for i, token := range tokens {
+		b.Add(token, i, 0, true)
+	}
+	if err := c.Decode(b); err != nil {
+		t.Fatal(err)
+	}
+	var out [][]float32
+	for i := range tokens {
+		out = append(out, slices.Clone(c.Logits(i)))
+	}
+	return out
+}
+
+// wanted is what a part's outputs must be: those of the same tokens computed alone and at once, bit for bit.
+func same(t *testing.T, what string, got, want [][]float32) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Fatalf("%s: %d outputs, expected %d", what, len(got), len(want))
+	}
+	for i := range want {
+		for j := range want[i] {
+			if math.Float32bits(got[i][j]) != math.Float32bits(want[i][j]) {
+				t.Fatalf("%s: output %d differs at %d: %g, expected %g", what, i, j, got[i][j], want[i][j])
+			}
+		}
+	}
+}
+
+// TestServerBits: what a token gets does not depend on how the prompt is cut, on the rest of the batch, on sharing, or on
+// the threads.
+func TestServerBits(t *testing.T) {
+	paths := map[string]string{"default": modeltest.Path(t)}
+	for _, m := range enginetest.Models {
+		paths[m.Name] = m.Write(t)
+	}
+	for name, path := range paths {
+		for _, cache := range []ggml.Type{ggml.F16, ggml.Q8_0} {
+			if cache == ggml.Q8_0 && !(name == "default" || strings.HasPrefix(name, "qwen3")) {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s/%v", name, gguf.Type(cache)), func(t *testing.T) {
+				o := graph.ServerOptions{Threads: 2, Sequences: 20, CacheTokens: 4096, CacheType: cache}
+				s := newServer(t, path, o)
+				vocabulary := s.Limits().Vocabulary
+				tokens := randomTokens(3, vocabulary, 150)
+				want := decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll})[0]
+				clear := func() {
+					for i := range s.Limits().Sequences {
+						s.Truncate(engine.Sequence(i), 0)
+					}
+				}
+				for _, threads := range []int{1, 3} {
+					o.Threads = threads
+					other := newServer(t, path, o)
+					same(t, fmt.Sprintf("%d threads", threads), decode(t, other, engine.Part{Tokens: tokens, Want: engine.WantAll})[0], want)
+				}
+				for _, chunk := range []int{1, 7, 16, 64, 149} {
+					clear()
+					var got [][]float32
+					for at := 0; at < len(tokens); at += chunk {
+						part := engine.Part{Sequence: 1, Position: at, Tokens: tokens[at:min(at+chunk, len(tokens))], Want: engine.WantAll}
+						got = append(got, decode(t, s, part)[0]...)
+					}
+					same(t, fmt.Sprintf("in parts of %d", chunk), got, want)
+				}
+				clear()
+				// Among fifteen others of different lengths, which go on with one token each.
+				var got [][]float32
+				held := make([]int, 16)
+				for at, step := 0, 0; at < len(tokens); step++ {
+					var parts []engine.Part
+					n := []int{40, 1, 1, 17, 1, 60, 1}[step%7]
+					n = min(n, len(tokens)-at)
+					for i := range 16 {
+						p := engine.Part{Sequence: engine.Sequence(i), Position: held[i], Want: engine.Want(i % 4)}
+						p.Tokens = randomTokens(uint64(i+100*step), vocabulary, 1+i*(step%2))
+						if i == 9 {
+							p.Tokens, p.Want = tokens[at:at+n], engine.WantAll
+						}
+						held[i] += len(p.Tokens)
+						parts = append(parts, p)
+					}
+					got = append(got, decode(t, s, parts...)[9]...)
+					at += n
+				}
+				same(t, "in a batch of 16", got, want)
+				// The first 70 tokens shared by several, each of which goes on.
+				for _, n := range []int{64, 70} {
+					clear()
+					decode(t, s, engine.Part{Sequence: 2, Tokens: tokens[:n+3]})
+					for to := range engine.Sequence(2) {
+						if !s.Share(2, to+3, n) {
+							t.Fatal("not shared")
+						}
+					}
+					// Both grow, and so does the one whose cells they share.
+					decode(t, s, engine.Part{Sequence: 2, Position: n + 3, Tokens: randomTokens(9, vocabulary, 20)})
+					decode(t, s, engine.Part{Sequence: 3, Position: n, Tokens: randomTokens(8, vocabulary, 20)})
+					same(t, "shared", decode(t, s, engine.Part{Sequence: 4, Position: n, Tokens: tokens[n:], Want: engine.WantAll})[0], want[n:])
+				}
+			})
+		}
+	}
+}
