@@ -95,7 +95,7 @@ func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o Cha
 	if choice.Mode == child.ToolNone {
 		chat.Tools, tools = nil, nil
 	}
-	chat, form, err := b.stateTools(chat, tools)
+	chat, form, err := b.stateTools(chat, tools, false)
 	if err != nil {
 		return nil, err
 	}
@@ -110,8 +110,10 @@ func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o Cha
 	}
 	err = write(ctx, p, chat, o)
 	if message := new(MessageError); errors.As(err, &message) && len(chat.Tools) > 0 {
-		// Some templates cannot do without what OpenAI lets a tool leave out.
+		// Some templates cannot do without what OpenAI lets a tool leave out, others know few types of parameters.
 		if full, fullErr := completeTools(chat.Tools); fullErr == nil && write(ctx, p, Chat{chat.Messages, full}, o) == nil {
+			err = nil
+		} else if stated, _, stateErr := b.stateTools(chat, tools, true); form == hermesForm && stateErr == nil && write(ctx, p, stated, o) == nil {
 			err = nil
 		}
 	}
@@ -312,8 +314,8 @@ func chooseTool(tools []tool, o ChatOptions) (child.ToolChoice, error) {
 
 // stateTools returns the conversation as the template can write it, and the form of its calls. Where the template does
 // not write something of tools, or calls in a form that no Parser reads, the conversation says it in its messages'
-// texts, in Hermes' form.
-func (b *Builder) stateTools(chat Chat, tools []tool) (Chat, toolForm, error) {
+// texts, in Hermes' form; always with force.
+func (b *Builder) stateTools(chat Chat, tools []tool, force bool) (Chat, toolForm, error) {
 	var calls, results bool
 	for i := range chat.Messages {
 		m := &chat.Messages[i]
@@ -327,7 +329,7 @@ func (b *Builder) stateTools(chat Chat, tools []tool) (Chat, toolForm, error) {
 		return Chat{Messages: chat.Messages}, unknownForm, nil
 	}
 	support := b.tools()
-	if (len(tools) == 0 || support.definitions.written && support.form != unknownForm) &&
+	if !force && (len(tools) == 0 || support.definitions.written && support.form != unknownForm) &&
 		(!calls || support.calls.written) && (!results || support.results.written) {
 		return chat, support.form, nil
 	}

@@ -146,6 +146,24 @@ func TestStatedTools(t *testing.T) {
 	}
 }
 
+// A template that cannot write some tools (this one knows no arrays, and needs descriptions) gets them as it can.
+func TestToolsThatTheTemplateRefuses(t *testing.T) {
+	t.Parallel()
+	b, v := chatModel(t, "hermes")
+	for parameters, want := range map[string]string{
+		`{"type": "object", "properties": {"a": {"type": "string"}}}`:                             "f(a: str) - \n\n    Args:\n        a(str): ",
+		`{"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string"}}}}`: "You can call functions to answer the user.",
+	} {
+		p, err := b.ChatPrompt(t.Context(), []wire.Message{user("Q")}, prompt.ChatOptions{Tools: json.RawMessage(`[{"type": "function", "function": {"name": "f", "parameters": ` + parameters + `}}]`)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text := v.text(p.Tokens); !strings.Contains(text, want) || p.Constraint == nil {
+			t.Errorf("no %q in %q", want, text)
+		}
+	}
+}
+
 // With tool_choice none the model is not told of tools.
 func TestNoToolChoice(t *testing.T) {
 	t.Parallel()

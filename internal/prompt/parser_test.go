@@ -272,7 +272,7 @@ func TestArgumentsStream(t *testing.T) {
 	t.Parallel()
 	p := parserOf(t, "qwen2.5-instruct")()
 	var shown []string
-	for _, part := range []string{"<tool", "_call>\n{\"name\": \"wea", "ther\", \"arguments\": ", "{\"city\"", ": \"北", "京\"}", "}\n</tool_call>"} {
+	for _, part := range []string{"<tool", "_call>\n{\"name\": \"weath", "er\", \"arguments\": ", "{\"city\"", ": \"北", "京\"}", "}\n</tool_call>"} {
 		var now string
 		for _, d := range p.Add(part) {
 			for _, c := range d.ToolCalls {
