@@ -430,38 +430,42 @@ INLINE __m256i dot(__m256i sum, int centred, __m256i w, const int8_t *x) {
 	return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// dots gives the sums of (code - offset) * code over a group or its half h.
-INLINE void dots(struct layout l, const uint8_t *w, const struct hone_group *x, int h, int32_t c[P]) {
-	int centred = l.shift == 7, start = centred || !l.shift ? 0 : (l.halves == 2 ? x->less[h] : x->less[0] + x->less[1]) * (1 << l.shift);
+// dots gives n tokens' sums of (code - offset) * code over a group or its half h.
+INLINE void dots(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, int h, int32_t c[MOST][P]) {
+	int centred = l.shift == 7, from = h * 4, to = l.halves == 2 ? from + 4 : l.nibbles ? 4 : 8;
+	const __m256i low = _mm256_set1_epi8(15);
 	for (int o = 0; o < P; o += 8) {
-		__m256i sum = _mm256_set1_epi32(start);
-		if (l.nibbles) {
-			const __m256i low = _mm256_set1_epi8(15);
-			for (int k = 0; k < 4; k++) {
-				__m256i v = _mm256_loadu_si256((const __m256i *)(w + (k * P + o) * 4));
-				sum = dot(sum, 0, _mm256_and_si256(v, low), x->code + 4 * k);
-				sum = dot(sum, 0, _mm256_and_si256(_mm256_srli_epi16(v, 4), low), x->code + 16 + 4 * k);
-			}
-		} else {
-			int from = h * 4, to = l.halves == 2 ? from + 4 : 8;
-			for (int k = from; k < to; k++) sum = dot(sum, centred, _mm256_loadu_si256((const __m256i *)(w + (k * P + o) * 4)), x->code + 4 * k);
+		__m256i sum[MOST];
+		for (int i = 0; i < n; i++) {
+			const int32_t *less = x[i * groups].less;
+			sum[i] = _mm256_set1_epi32(centred || !l.shift ? 0 : (l.halves == 2 ? less[h] : less[0] + less[1]) * (1 << l.shift));
 		}
-		_mm256_storeu_si256((__m256i *)(c + o), sum);
+		for (int k = from; k < to; k++) {
+			__m256i v = _mm256_loadu_si256((const __m256i *)(w + (k * P + o) * 4));
+			if (l.nibbles) {
+				__m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+				for (int i = 0; i < n; i++) sum[i] = dot(sum[i], 0, high, x[i * groups].code + 16 + 4 * k);
+				v = _mm256_and_si256(v, low);
+			}
+			for (int i = 0; i < n; i++) sum[i] = dot(sum[i], centred, v, x[i * groups].code + 4 * k);
+		}
+		for (int i = 0; i < n; i++) _mm256_storeu_si256((__m256i *)(c[i] + o), sum[i]);
 	}
 }
 
 #else
 
-INLINE void dots(struct layout l, const uint8_t *w, const struct hone_group *x, int h, int32_t c[P]) {
+INLINE void dots(int n, struct layout l, const uint8_t *w, const struct hone_group *x, int64_t groups, int h, int32_t c[MOST][P]) {
 	int from = l.halves == 2 ? 16 * h : 0, to = l.halves == 2 ? from + 16 : G, offset = l.shift ? 1 << l.shift : 0;
-	for (int o = 0; o < P; o++) c[o] = 0;
+	memset(c, 0, n * sizeof *c);
 	for (int k = from; k < to; k++) {
 		const uint8_t *v = w + k / 4 % (l.nibbles ? 4 : 8) * P * 4 + k % 4;
 		int high = l.nibbles && k >= 16;
-		for (int o = 0; o < P; o++) {
-			int code = l.nibbles ? (high ? v[4 * o] >> 4 : v[4 * o] & 15) : v[4 * o];
-			c[o] += (code - offset) * x->code[k];
-		}
+		for (int i = 0; i < n; i++)
+			for (int o = 0; o < P; o++) {
+				int code = l.nibbles ? (high ? v[4 * o] >> 4 : v[4 * o] & 15) : v[4 * o];
+				c[i][o] += (code - offset) * x[i * groups].code[k];
+			}
 	}
 }
 
@@ -486,13 +490,13 @@ INLINE void tile(int n, struct layout l, const uint8_t *w, const struct hone_gro
 		fetch(l, &ahead);
 		for (int h = 0; h < l.halves; h++) {
 			float d[P], m[P];
+			int32_t c[MOST][P];
 			factors(l, w + code_bytes(l) + h * scale_bytes(l), d);
 			if (l.minimum) factors(l, w + code_bytes(l) + scale_bytes(l), m);
+			dots(n, l, w, x + b, groups, h, c);
 			for (int i = 0; i < n; i++) {
 				const struct hone_group *g = x + i * groups + b;
-				int32_t c[P];
-				dots(l, w, g, h, c);
-				for (int o = 0; o < P; o++) f[i][o] = fmaf((float)c[o] * d[o], g->scale, f[i][o]);
+				for (int o = 0; o < P; o++) f[i][o] = fmaf((float)c[i][o] * d[o], g->scale, f[i][o]);
 				if (l.minimum)
 					for (int o = 0; o < P; o++) f[i][o] = fmaf(m[o], g->sum, f[i][o]);
 			}

@@ -250,9 +250,7 @@ func TestFusedQuantize(t *testing.T) {
 				{"swiglu, packed", h.x.SwiGLUQuantize(gu), h.x.Quantize(swiglu)},
 			}
 			for _, p := range pairs {
-				for _, node := range []Tensor{p.fused, p.want} {
-					h.nodes = append(h.nodes, node)
-				}
+				h.nodes = append(h.nodes, p.fused, p.want)
 			}
 			h.run()
 			for _, p := range pairs {
