@@ -137,7 +137,7 @@ func model(t *testing.T, name string) (*prompt.Builder, byteVocabulary) {
 	return builder(t, prompt.Options{Template: template(t, name), Vocabulary: v}), v
 }
 
-func template(t *testing.T, name string) string {
+func template(t testing.TB, name string) string {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("testdata", name+".jinja"))
 	if err != nil {

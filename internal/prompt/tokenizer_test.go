@@ -23,7 +23,7 @@ import (
 var _ prompt.Vocabulary = (*llama.Model)(nil)
 
 // vocabulary loads the default model's.
-func vocabulary(t *testing.T) *llama.Model {
+func vocabulary(t testing.TB) *llama.Model {
 	t.Helper()
 	llama.Open(llama.Options{})
 	m, err := llama.LoadModel(modeltest.Path(t), llama.ModelOptions{VocabularyOnly: true})
