@@ -332,6 +332,7 @@ func messages(field string, raw json.RawMessage) ([]wire.Message, error) {
 		if list[i].Role == "developer" {
 			list[i].Role = "system"
 		}
+		list[i].ReasoningContent = "" // a key of the author's own; what is trained stands in the content
 		if list[i].Role == "" {
 			return nil, fmt.Errorf("%s[%d]: expected a role and a content", field, i)
 		}

@@ -346,7 +346,7 @@ func (b *Builder) stateTools(chat Chat, tools []tool, force bool) (Chat, toolFor
 			if m.Content != "" {
 				text = m.Content + "\n" + text
 			}
-			messages = append(messages, wire.Message{Role: "assistant", Content: text})
+			messages = append(messages, wire.Message{Role: "assistant", Content: text, ReasoningContent: m.ReasoningContent})
 		case m.Role == "tool":
 			text := "<tool_response>\n" + m.Content + "\n</tool_response>"
 			if i > 0 && chat.Messages[i-1].Role == "tool" {

@@ -4,7 +4,7 @@
 //
 //	builder, err := prompt.Open(modelDir, model.ChatTemplate(), model) // model is a *llama.Model
 //	defer builder.Close()
-//	tokens, err := builder.Prompt(ctx, messages)                       // the runner: up to the model's turn
+//	chat, err := builder.ChatPrompt(ctx, messages, options)            // the runner: up to the model's turn
 //	rows, err := builder.Rows(ctx, prompt.Chat{Messages: messages})    // the trainer: with the model's turns
 //
 // # Templates
@@ -24,7 +24,17 @@
 //
 // Some templates open a <think> block in the generation prompt, others write an empty one into an answer without
 // reasoning. In a training row, an answer without reasoning then begins with an empty block, which is trained, and
-// AnswerPrompt ends after the same empty block, for completions that are constrained to a choice.
+// a completion that is constrained (to a choice, a schema, a grammar, a call) comes after the same empty block: the
+// constraint is of the whole completion, so there is no room for reasoning. ChatPrompt says by its Parser whether
+// a free completion begins with reasoning; what a template does is found by rendering small conversations.
+//
+// # Tools
+//
+// Definitions, calls and results are the template's to write. Two forms of calls are read: Hermes' (<tool_call>, also
+// Qwen's) and Llama 3's. For a template with another form or none, the messages state tools in Hermes' form, so that
+// every chat model can be asked for a call; a training row is refused instead (Rows), for the model could not learn from it
+// what it is not told when it is served by others. Calls are kept to their functions' schemas by ChatPrompt.Constraint,
+// read by ChatPrompt.NewParser.
 package prompt
 
 import (

@@ -126,6 +126,10 @@ func messageValue(m *wire.Message, style callStyle) (jinja.Value, error) {
 	} else {
 		d.Set("content", text(m.Content))
 	}
+	if m.ReasoningContent != "" { // transformers gives it both names
+		d.Set("reasoning_content", text(m.ReasoningContent))
+		d.Set("thinking", text(m.ReasoningContent))
+	}
 	if m.Name != "" {
 		d.Set("name", text(m.Name))
 	}

@@ -21,6 +21,9 @@ type Message struct {
 	Name       string     `json:"name,omitempty"`
 	ToolCalls  []ToolCall `json:"tool_calls,omitempty"`
 	ToolCallID string     `json:"tool_call_id,omitempty"`
+	// ReasoningContent is an earlier answer's reasoning, for templates that write it (Qwen 3 within a chain of calls). Training
+	// rows do not have it: their reasoning stands in Content.
+	ReasoningContent string `json:"reasoning_content,omitempty"`
 	// Weight is a training row's loss weight of an assistant message: nil (trained), 0 (not trained) or 1.
 	Weight *float64 `json:"weight,omitempty"`
 }

@@ -59,6 +59,8 @@ CONVERSATIONS = {
     "two calls": [QUESTION, call(("weather", {"city": "上海"}), ("clock", {"zone": "Asia/Shanghai"})), RESULT, {**RESULT, "content": "09:00", "tool_call_id": "call1", "name": "clock"}],
     "answered": [QUESTION, call(("weather", ARGUMENTS)), RESULT, {"role": "assistant", "content": "Sunny."}, {"role": "user", "content": "And in 上海?"}],
     "text and call": [QUESTION, call(("clock", {}), content="One moment."), {**RESULT, "content": "09:00"}],
+    "reasoning in a chain": [QUESTION, {**call(("weather", ARGUMENTS)), "reasoning_content": "I ask first."}, RESULT],
+    "reasoning apart": [QUESTION, {"role": "assistant", "content": "In 北京?", "reasoning_content": "Hm."}, {"role": "user", "content": "Yes."}],
     "unfinished": [QUESTION, {"role": "assistant", "content": "It is"}],
     "unfinished with space": [SYSTEM, QUESTION, {"role": "assistant", "content": " The weather in 北京 is "}],
     "unfinished reasoning": [QUESTION, {"role": "assistant", "content": "<think>\nThe user"}],
