@@ -14,7 +14,9 @@ package llguidance
 
 /*
 #cgo LDFLAGS: -ltokenizers -ldl -lm -lstdc++ -lpthread
+#include <pthread.h>
 #include <string.h>
+#include <time.h>
 #include "llguidance.h"
 
 static LlgTokenizer *hone_new_tokenizer(uint32_t vocab, uint32_t eos, const uint32_t *lens, const uint8_t *bytes,
@@ -30,13 +32,46 @@ static LlgTokenizer *hone_new_tokenizer(uint32_t vocab, uint32_t eos, const uint
 	return llg_new_tokenizer_v2(&init, err, err_len);
 }
 
-static LlgMatcher *hone_new_matcher(const LlgTokenizer *tokenizer, const char *kind, const char *text) {
+// A grammar is compiled by recursion over its rules, which a long chain of rules takes deeper than a thread's usual
+// stack. Only the pages that are touched are ever memory.
+enum { hone_compile_stack = 256 << 20 };
+
+struct hone_compile {
+	const LlgTokenizer *tokenizer;
+	const char *kind, *text;
+	LlgMatcher *matcher;
+	int64_t cpu_ns;
+};
+
+static void *hone_compile(void *p) {
+	struct hone_compile *job = p;
 	LlgConstraintInit init;
 	memset(&init, 0, sizeof init);
-	llg_constraint_init_set_defaults(&init, tokenizer);
+	llg_constraint_init_set_defaults(&init, job->tokenizer);
 	init.log_stderr_level = 0;
 	init.limits.verbose_errors = false;
-	return llg_new_matcher(&init, kind, text);
+	init.limits.initial_lexer_fuel = 500000; // half the default: about 50 ms at most
+	init.limits.max_grammar_size = 200000;   // default 500000
+	init.limits.max_lexer_states = 25000;    // of 1 to 2 kB each; default 250000
+	job->matcher = llg_new_matcher(&init, job->kind, job->text);
+	struct timespec t;
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	job->cpu_ns = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+	return NULL;
+}
+
+// hone_new_matcher compiles in a thread of its own; NULL if there can be none. *cpu_ns is what it took.
+static LlgMatcher *hone_new_matcher(const LlgTokenizer *tokenizer, const char *kind, const char *text, int64_t *cpu_ns) {
+	struct hone_compile job = {tokenizer, kind, text, NULL, 0};
+	pthread_attr_t attr;
+	pthread_t thread;
+	if (pthread_attr_init(&attr) != 0) return NULL;
+	int failed = pthread_attr_setstacksize(&attr, hone_compile_stack) != 0 || pthread_create(&thread, &attr, hone_compile, &job) != 0;
+	pthread_attr_destroy(&attr);
+	if (failed) return NULL;
+	pthread_join(thread, NULL);
+	*cpu_ns = job.cpu_ns;
+	return job.matcher;
 }
 */
 import "C"
@@ -47,6 +82,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"time"
 	"unicode"
 	"unicode/utf8"
 	"unsafe"
@@ -69,7 +105,8 @@ const (
 // The request that carries it is at fault.
 type GrammarError struct {
 	Kind    string
-	Message string // the library's
+	Message string        // what is wrong with it
+	Took    time.Duration // processor time that the library spent on it
 }
 
 func (e *GrammarError) Error() string {
@@ -159,6 +196,7 @@ func (t *Tokenizer) Choices(choices []string) (*Constraint, error) {
 		return nil, &GrammarError{Kind: "choice", Message: "there are no choices"}
 	}
 	seen := make(map[string]int, len(choices))
+	total := 0
 	var grammar strings.Builder
 	grammar.WriteString("start: ")
 	for i, choice := range choices {
@@ -172,12 +210,15 @@ func (t *Tokenizer) Choices(choices []string) (*Constraint, error) {
 			return nil, &GrammarError{Kind: "choice", Message: fmt.Sprintf("choices %d and %d are the same: %q", first, i, choice)}
 		}
 		seen[choice] = i
+		if total += len(choice); total > maxChoiceText {
+			return nil, &GrammarError{Kind: "choice", Message: fmt.Sprintf("the choices have more than %d bytes together", maxChoiceText)}
+		}
 		if i > 0 {
 			grammar.WriteString(" | ")
 		}
 		writeLarkString(&grammar, choice)
 	}
-	return t.New(KindLark, grammar.String())
+	return t.compile(KindLark, grammar.String())
 }
 
 // writeLarkString writes text as a Lark string, which takes JSON's escapes but, unlike JSON, no control character.
@@ -194,11 +235,22 @@ func writeLarkString(w *strings.Builder, text string) {
 }
 
 // New returns a constraint from a grammar: kind is one of the Kind constants, text is in that kind's syntax.
-// The error is a *GrammarError where the grammar is at fault.
+// The error is a *GrammarError where the grammar is at fault, or would take too long to compile (see Check, which New
+// calls): compiling cannot be interrupted.
 func (t *Tokenizer) New(kind, text string) (*Constraint, error) {
-	if i := strings.IndexByte(text, 0); i >= 0 {
-		return nil, &GrammarError{Kind: kind, Message: fmt.Sprintf("NUL byte at offset %d", i)}
+	if err := Check(kind, text); err != nil {
+		return nil, err
 	}
+	if kind == KindJSONObject {
+		kind, text = KindJSONSchema, `{"type":"object"}`
+	}
+	if kind == KindJSONSchema {
+		text = withOptions(text)
+	}
+	return t.compile(kind, text)
+}
+
+func (t *Tokenizer) compile(kind, text string) (*Constraint, error) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	if t.c == nil {
@@ -208,22 +260,65 @@ func (t *Tokenizer) New(kind, text string) (*Constraint, error) {
 	defer C.free(unsafe.Pointer(cKind))
 	cText := C.CString(text)
 	defer C.free(unsafe.Pointer(cText))
-	c := &Constraint{c: C.hone_new_matcher(t.c, cKind, cText), vocabulary: t.vocabulary}
-	if message := C.llg_matcher_get_error(c.c); message != nil {
-		err := &GrammarError{Kind: kind, Message: C.GoString(message)}
-		C.llg_free_matcher(c.c)
+	var cpu C.int64_t
+	matcher := C.hone_new_matcher(t.c, cKind, cText, &cpu)
+	if matcher == nil {
+		return nil, errors.New("llguidance: no thread to compile the grammar in: out of memory or threads")
+	}
+	if message := C.llg_matcher_get_error(matcher); message != nil {
+		err := &GrammarError{Kind: kind, Message: explain(C.GoString(message)), Took: time.Duration(cpu)}
+		C.llg_free_matcher(matcher)
 		return nil, err
 	}
-	c.mask = make([]uint32, int(C.llg_matcher_get_mask_byte_size(c.c))/4)
+	return newConstraint(matcher, t.vocabulary, time.Duration(cpu)), nil
+}
+
+func newConstraint(matcher *C.LlgMatcher, vocabulary int, compiled time.Duration) *Constraint {
+	c := &Constraint{c: matcher, vocabulary: vocabulary, compiled: compiled}
+	c.mask = make([]uint32, int(C.llg_matcher_get_mask_byte_size(matcher))/4)
 	runtime.SetFinalizer(c, (*Constraint).Close)
-	return c, nil
+	return c
+}
+
+// explain makes a message of the library one for a client: without the library's markers, and not longer than a
+// message should be, where the library quotes whole grammars.
+func explain(message string) string {
+	message, _, _ = strings.Cut(message, "\n<state>")
+	message, _, _ = strings.Cut(message, "\n<backtrace>")
+	message = strings.TrimSpace(strings.ReplaceAll(message, "<non-verbose/>", ""))
+	const most = 600
+	if len(message) > most {
+		message = strings.ToValidUTF8(message[:most], "") + " ..."
+	}
+	for _, known := range []struct{ contains, say string }{
+		{"NoExtensionBias", "no text satisfies the constraint from here on"},
+		{"oneOf constraints are not supported", "oneOf is enforced only where its alternatives exclude each other by a const, an enum or a type; use anyOf"},
+	} {
+		if strings.Contains(message, known.contains) {
+			return known.say
+		}
+	}
+	return message
 }
 
 // Constraint is the state of one completion under a grammar. It is not safe for concurrent use.
 type Constraint struct {
 	c          *C.LlgMatcher
 	vocabulary int
+	compiled   time.Duration
 	mask       []uint32
+}
+
+// Compiled is the processor time that compiling the grammar took.
+func (c *Constraint) Compiled() time.Duration { return c.compiled }
+
+// Clone returns an independent constraint in the same state, for a fraction of what compiling takes.
+// C: llg_clone_matcher.
+func (c *Constraint) Clone() (*Constraint, error) {
+	if c.c == nil {
+		return nil, ErrClosed
+	}
+	return newConstraint(C.llg_clone_matcher(c.c), c.vocabulary, 0), nil
 }
 
 // Close frees the constraint. It may be called more than once.
@@ -275,9 +370,9 @@ func (c *Constraint) Complete() bool { return c.c != nil && bool(C.llg_matcher_i
 func (c *Constraint) err(what string) error {
 	message := "unknown error"
 	if m := C.llg_matcher_get_error(c.c); m != nil {
-		message = C.GoString(m)
+		message = explain(C.GoString(m))
 	}
-	return fmt.Errorf("llguidance: %s: %s", what, message)
+	return fmt.Errorf("%s: %s", what, message)
 }
 
 // Allowed reports whether a mask allows the token.
