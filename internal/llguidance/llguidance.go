@@ -340,7 +340,7 @@ func (c *Constraint) Mask() ([]uint32, error) {
 		return nil, ErrClosed
 	}
 	if C.llg_matcher_compute_mask_into(c.c, (*C.uint32_t)(&c.mask[0]), C.size_t(4*len(c.mask))) != 0 {
-		return nil, c.err("mask")
+		return nil, c.err("next tokens")
 	}
 	return c.mask, nil
 }
