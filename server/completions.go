@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/gin-gonic/gin"
 
@@ -113,7 +114,7 @@ func (a *completionAnswer) whole(all collected) any {
 	choices := make([]wire.CompletionChoice, len(all.choices))
 	for i, choice := range all.choices {
 		choices[i] = wire.CompletionChoice{
-			Text: choice.text, Index: i, LogProbs: a.logProbs(i, choice.logProbs), FinishReason: wire.FinishReason(choice.finishReason),
+			Text: choice.text, Index: i, LogProbs: a.logProbs(i, choice.text, choice.logProbs), FinishReason: wire.FinishReason(choice.finishReason),
 			ChoiceProbabilities: a.probabilities(choice.choiceProbabilities),
 		}
 	}
@@ -126,7 +127,7 @@ func (a *completionAnswer) chunks(event child.GenerateEvent) []any {
 	var chunks []any
 	if event.Text != "" || len(event.LogProbs) > 0 || event.FinishReason != "" {
 		chunk := a.message(wire.CompletionChoice{
-			Text: event.Text, Index: event.Index, LogProbs: a.logProbs(event.Index, event.LogProbs), FinishReason: wire.FinishReason(event.FinishReason),
+			Text: event.Text, Index: event.Index, LogProbs: a.logProbs(event.Index, event.Text, event.LogProbs), FinishReason: wire.FinishReason(event.FinishReason),
 			ChoiceProbabilities: a.probabilities(event.ChoiceProbabilities),
 		})
 		chunk.Usage.Set = a.usage
@@ -141,8 +142,9 @@ func (a *completionAnswer) chunks(event child.GenerateEvent) []any {
 	return chunks
 }
 
-// logProbs is nil for no tokens, which is written as null.
-func (a *completionAnswer) logProbs(choice int, tokens []child.TokenLogProb) *wire.CompletionLogProbs {
+// logProbs is nil for no tokens, which is written as null. The tokens are those of text, and before it maybe one that
+// begins every text of the model and is no part of the prompt that is echoed.
+func (a *completionAnswer) logProbs(choice int, text string, tokens []child.TokenLogProb) *wire.CompletionLogProbs {
 	if len(tokens) == 0 {
 		return nil
 	}
@@ -164,7 +166,11 @@ func (a *completionAnswer) logProbs(choice int, tokens []child.TokenLogProb) *wi
 		all.Tokens = append(all.Tokens, token.Token)
 		all.TokenLogProbs = append(all.TokenLogProbs, own)
 		all.TopLogProbs = append(all.TopLogProbs, top)
-		all.TextOffset = append(all.TextOffset, a.sent[choice].before(token.Bytes))
+		shown := token.Bytes
+		if own == nil && !strings.HasPrefix(text, token.Token) {
+			shown = nil
+		}
+		all.TextOffset = append(all.TextOffset, a.sent[choice].before(shown))
 	}
 	return all
 }

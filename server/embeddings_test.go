@@ -75,9 +75,16 @@ func TestTokenize(t *testing.T) {
 			`{"count":1,"max_model_len":2048,"tokens":[97],"token_strs":null}`},
 		{"/detokenize", `{"model":"smol","tokens":[104,60]}`, `{"prompt":"h<"}`},
 		{"/v1/detokenize", `{"model":"smol","tokens":[104]}`, `{"prompt":"h"}`},
+		{"/tokenize", `{"prompt":"h","add_special_tokens":false}`, `{"count":1,"max_model_len":2048,"tokens":[104],"token_strs":null}`},
+		{"/detokenize", `{"tokens":[104]}`, `{"prompt":"h"}`},
 	} {
 		if status, body := r.do(t, "POST", test.path, test.body); status != 200 || body != test.want+"\n" {
 			t.Errorf("%s %s: %d %s, want %s", test.path, test.body, status, body, test.want)
+		}
+	}
+	for _, path := range []string{"/tokenizer_info", "/v1/tokenizer_info?model=smol"} {
+		if status, body := r.do(t, "GET", path, ""); status != 200 || body != `{"bos_token":null,"eos_token":"</s>","model_max_length":2048}`+"\n" {
+			t.Errorf("%s: %d %s", path, status, body)
 		}
 	}
 	if diff := cmp.Diff([]wire.Message{{Role: "user", Content: "a"}}, r.echo.tokenizes[4].Messages); diff != "" || r.echo.tokenizes[4].AddSpecialTokens {
@@ -85,7 +92,6 @@ func TestTokenize(t *testing.T) {
 	}
 	for _, test := range []struct{ path, body, param string }{
 		{"/tokenize", `{"model":"smol"}`, "prompt"},
-		{"/tokenize", `{"prompt":"a"}`, "model"},
 		{"/tokenize", `{"model":"smol","prompt":"a","messages":[{"role":"user","content":"a"}]}`, "messages"},
 		{"/tokenize", `{"model":"smol","messages":[{"role":"wizard","content":"a"}]}`, "messages[0].role"},
 		{"/tokenize", `{"model":"smol","messages":[{"role":"user","content":"a"}],"tools":[{}]}`, "tools[0].type"},

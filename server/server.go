@@ -99,6 +99,7 @@ func (s *Server) route() {
 	for _, g := range []gin.IRoutes{v1, e} { // vLLM has them outside of /v1
 		g.POST("/tokenize", s.handle(s.tokenize))
 		g.POST("/detokenize", s.handle(s.detokenize))
+		g.GET("/tokenizer_info", s.handle(s.tokenizerInfo))
 	}
 	v1.GET("/models", s.handle(s.listModels))
 	v1.GET("/models/*id", s.handle(s.getModel))

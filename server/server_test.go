@@ -213,7 +213,7 @@ func (e *echo) Tokenize(_ context.Context, _ child.Base, req child.TokenizeReque
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.tokenizes = append(e.tokenizes, req)
-	resp := child.TokenizeResponse{Tokens: req.Tokens, ContextTokens: 2048}
+	resp := child.TokenizeResponse{Tokens: req.Tokens, ContextTokens: 2048, EOS: "</s>"}
 	var text string
 	switch {
 	case req.Text != nil:

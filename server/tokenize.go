@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"strings"
@@ -69,13 +70,53 @@ func (s *Server) detokenize(c *gin.Context) error {
 	return encode(c, http.StatusOK, wire.DetokenizeResponse{Prompt: resp.Text})
 }
 
+// tokenizerInfo answers GET /tokenizer_info, which vLLM has and lm-evaluation-harness asks before it leaves the tokenizing to
+// the server.
+func (s *Server) tokenizerInfo(c *gin.Context) error {
+	resp, err := s.askTokens(c, c.Query("model"), child.TokenizeRequest{Text: new("")})
+	if err != nil {
+		return err
+	}
+	info := wire.TokenizerInfo{ModelMaxLength: resp.ContextTokens}
+	if resp.BOS != "" {
+		info.BOSToken = &resp.BOS
+	}
+	if resp.EOS != "" {
+		info.EOSToken = &resp.EOS
+	}
+	return encode(c, http.StatusOK, info)
+}
+
+// askTokens asks the model of this name, or without one the only base model that there is, or that is loaded: vLLM, whose
+// endpoints these are, serves one.
 func (s *Server) askTokens(c *gin.Context, model string, ask child.TokenizeRequest) (child.TokenizeResponse, error) {
+	if model == "" {
+		model = s.onlyModel(c.Request.Context())
+	}
 	target, err := s.resolve(c.Request.Context(), model)
 	if err != nil {
 		return child.TokenizeResponse{}, err
 	}
 	defer target.release()
 	return s.generator.Tokenize(c.Request.Context(), target.base, ask)
+}
+
+// onlyModel is "" if there are several.
+func (s *Server) onlyModel(ctx context.Context) string {
+	if models, err := s.models.List(ctx); err == nil && len(models) == 1 {
+		return models[0].Name
+	}
+	only := ""
+	for _, state := range s.generator.Models() {
+		if state.State != child.Ready {
+			continue
+		}
+		if only != "" {
+			return ""
+		}
+		only = state.Model
+	}
+	return only
 }
 
 // refuseInTokenize refuses vLLM's fields that would change the tokens, and are not available.

@@ -182,6 +182,8 @@ type TokenizeResponse struct {
 	Pieces        [][]byte       `json:"pieces"` // bytes of each token
 	Text          string         `json:"text"`   // of Tokens
 	ContextTokens int            `json:"context_tokens"`
+	BOS           string         `json:"bos"` // the tokens that begin and end a text, "" if there is none
+	EOS           string         `json:"eos"`
 }
 
 // TokenLogProb is a token's piece, its log-probability (natural logarithm) and the most likely alternatives.

@@ -29,6 +29,7 @@ type completion struct {
 	echo   []byte               // the prompt's text; nil if it is not wanted
 	scored []child.TokenLogProb // of the prompt's tokens as far as they are computed
 	score  bool                 // they are wanted
+	last   []child.TokenLogProb // then also of the token that ended the completion
 	only   bool                 // nothing is sampled
 	next   []*completion        // of the first one: the others, until the prompt is computed
 
@@ -114,15 +115,22 @@ func (c *completion) step(q *sequence, logits []float32) (finished bool) {
 		c.request.fail(errNoToken)
 		return true
 	}
+	entry := func() child.TokenLogProb {
+		return c.tokenLogProb(token, logits, func(t engine.Token) (float64, []tokenProbability) {
+			return c.sampler.probabilities(logits, mask, t, c.top)
+		})
+	}
 	if c.vocabulary.IsEndOfGeneration(token) {
+		if c.score {
+			// Who scores prompts (lm-evaluation-harness) takes the last entry for the token that max_tokens 1 asked for.
+			c.last = []child.TokenLogProb{entry()}
+		}
 		return c.finish(q, "stop")
 	}
 	var logProb *child.TokenLogProb
 	if c.logProbs {
-		entry := c.tokenLogProb(token, logits, func(t engine.Token) (float64, []tokenProbability) {
-			return c.sampler.probabilities(logits, mask, t, c.top)
-		})
-		logProb = &entry
+		e := entry()
+		logProb = &e
 	}
 	q.tokens = append(q.tokens, token)
 	c.written++
@@ -194,7 +202,7 @@ func tokenEntry(piece []byte, logP float64) child.TokenLogProb {
 
 func (c *completion) finish(q *sequence, reason string) bool {
 	show, logProbs := c.text.finish()
-	c.show(show, logProbs)
+	c.show(show, append(logProbs, c.last...))
 	if c.parser != nil {
 		c.showDeltas(c.parser.End())
 		if c.parser.Called() && reason == "stop" {

@@ -142,8 +142,10 @@ func (r *Runner) completions(ctx context.Context, request *request, req child.Ge
 	first.next = all[1:]
 	if req.Echo {
 		first.echo = []byte{} // also of a prompt without text
-		for _, t := range chat.Tokens {
-			if !r.model.IsControl(t) {
+		if req.Prompt != nil {
+			first.echo = append(first.echo, *req.Prompt...)
+		} else {
+			for _, t := range chat.Tokens {
 				first.echo = append(first.echo, r.model.Piece(t)...)
 			}
 		}

@@ -44,6 +44,12 @@ func (r *Runner) Tokenize(ctx context.Context, req child.TokenizeRequest) (child
 		return response, refusedPrompt(ctx, "text", err)
 	}
 	response.Tokens = append(response.Tokens, tokens...)
+	if bos, ok := r.model.BOS(); ok {
+		response.BOS = validUTF8(r.model.Piece(bos))
+	}
+	if eos, ok := r.model.EOS(); ok {
+		response.EOS = validUTF8(r.model.Piece(eos))
+	}
 	var text []byte
 	for _, t := range tokens {
 		piece := r.model.Piece(t)

@@ -4,7 +4,7 @@ import "encoding/json"
 
 // TokenizeRequest is the body of POST /tokenize, in vLLM's shape: a text, or messages with the model's chat template.
 type TokenizeRequest struct {
-	Model            string          `json:"model"`
+	Model            string          `json:"model,omitempty"` // absent: the only one
 	Prompt           *string         `json:"prompt,omitempty"`
 	AddSpecialTokens *bool           `json:"add_special_tokens,omitempty"` // of Prompt; absent means true
 	Messages         []Message       `json:"messages,omitempty"`
@@ -22,11 +22,18 @@ type TokenizeResponse struct {
 
 // DetokenizeRequest is the body of POST /detokenize.
 type DetokenizeRequest struct {
-	Model  string  `json:"model"`
+	Model  string  `json:"model,omitempty"`
 	Tokens []int32 `json:"tokens"`
 }
 
 // DetokenizeResponse answers it.
 type DetokenizeResponse struct {
 	Prompt string `json:"prompt"`
+}
+
+// TokenizerInfo answers GET /tokenizer_info.
+type TokenizerInfo struct {
+	BOSToken       *string `json:"bos_token"` // null if there is none
+	EOSToken       *string `json:"eos_token"`
+	ModelMaxLength int     `json:"model_max_length"`
 }
