@@ -222,7 +222,10 @@ func (c *choice) answer(q *sequence) {
 		}
 		event := child.GenerateEvent{
 			Index: index, Text: c.texts[chosen], FinishReason: "stop", ChoiceProbabilities: probabilities,
-			Usage: &child.Usage{PromptTokens: q.prompt, CompletionTokens: len(c.spellings[chosen]), CachedTokens: max(q.cached, 0)},
+			Usage: &child.Usage{CompletionTokens: len(c.spellings[chosen])},
+		}
+		if index == 0 {
+			event.Usage.PromptTokens, event.Usage.CachedTokens = q.prompt, max(q.cached, 0)
 		}
 		if c.logProbs {
 			event.LogProbs = c.entries(chosen, scores)

@@ -50,7 +50,7 @@ func (c *completion) read(q *sequence, outputs [][]float32) (finished bool, spaw
 	logits := outputs[len(outputs)-1]
 	for _, other := range c.next {
 		twin := newSequence(q.request, slices.Clone(q.tokens), other)
-		twin.prompt, twin.cached = q.prompt, q.cached
+		twin.prompt = q.prompt
 		other.begin(c)
 		if !other.step(twin, logits) {
 			twin.from = len(twin.tokens) - 1
@@ -209,8 +209,10 @@ func (c *completion) finish(q *sequence, reason string) bool {
 			reason = "tool_calls"
 		}
 	}
-	c.request.out.put(child.GenerateEvent{Index: c.index, FinishReason: reason, Usage: &child.Usage{
-		PromptTokens: q.prompt, CompletionTokens: c.written, CachedTokens: max(q.cached, 0), ReasoningTokens: c.reasoning,
-	}})
+	usage := child.Usage{CompletionTokens: c.written, ReasoningTokens: c.reasoning}
+	if c.index == 0 { // the others have the prompt from this one
+		usage.PromptTokens, usage.CachedTokens = q.prompt, max(q.cached, 0)
+	}
+	c.request.out.put(child.GenerateEvent{Index: c.index, FinishReason: reason, Usage: &usage})
 	return true
 }

@@ -92,7 +92,10 @@ func generate(ctx context.Context, r *Runner, req child.GenerateRequest) (answer
 		a.LogProbs = append(a.LogProbs, e.LogProbs...)
 		a.Events++
 		if e.FinishReason != "" {
-			a.Finish, a.Usage = e.FinishReason, *e.Usage
+			a.Finish = e.FinishReason
+		}
+		if e.Usage != nil {
+			a.Usage = *e.Usage
 		}
 		return nil
 	})

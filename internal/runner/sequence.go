@@ -98,8 +98,8 @@ func newOutbox(completions int) *outbox {
 func (o *outbox) put(e child.GenerateEvent) {
 	o.mu.Lock()
 	if e.Usage != nil {
-		o.usage.PromptTokens = max(o.usage.PromptTokens, e.Usage.PromptTokens)
-		o.usage.CachedTokens = max(o.usage.CachedTokens, e.Usage.CachedTokens)
+		o.usage.PromptTokens += e.Usage.PromptTokens
+		o.usage.CachedTokens += e.Usage.CachedTokens
 		o.usage.CompletionTokens += e.Usage.CompletionTokens
 		o.usage.ReasoningTokens += e.Usage.ReasoningTokens
 		e.Usage = nil
