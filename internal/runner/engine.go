@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -8,6 +9,7 @@ import (
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/gguf"
+	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/llama"
 )
 
@@ -68,6 +70,49 @@ func (r *Runner) load(path string, o Options) error {
 
 // decoder returns the engine. With hone's own, llama.cpp keeps the vocabulary alone.
 func (r *Runner) decoder(path string, o Options, gpu bool) (engine.Decoder, error) {
+	if o.Engine == engineOwn || o.Engine == engineAuto && !gpu {
+		if gpu {
+			return nil, &child.Error{Code: child.CodeInvalidRequest, Param: "engine", Message: "engine own computes on the CPU; on a GPU it must be auto or llama"}
+		}
+		d, err := r.ownDecoder(o)
+		var unsupported *graph.UnsupportedError
+		switch {
+		case err == nil:
+			r.engine = engineOwn
+			return d, nil
+		case !errors.As(err, &unsupported):
+			return nil, fmt.Errorf("model %s: %w", path, err)
+		case o.Engine == engineOwn:
+			return nil, &child.Error{Code: child.CodeInvalidModel, Message: fmt.Sprintf("model %s: engine own: %v", path, err)}
+		}
+		o.Logger.Debug("llama.cpp computes the model", slog.Any("reason", err))
+	}
+	return r.llamaDecoder(path, o, gpu)
+}
+
+// ownDecoder returns hone's graph.
+func (r *Runner) ownDecoder(o Options) (engine.Decoder, error) {
+	// The graph adds two pages for each sequence. Those that only keep prefixes are not worth them.
+	numbers := sequenceNumbers(o)
+	options := graph.ServerOptions{
+		Threads: o.Threads, Sequences: numbers, BatchTokens: batchTokens, CacheType: ggml.F16,
+		CacheTokens: max(r.contextTokens, o.CacheTokens-2*ggml.PageTokens*(numbers-o.Sequences)),
+	}
+	if o.CacheType == "q8_0" {
+		options.CacheType = ggml.Q8_0
+	}
+	memory, err := graph.ServerBytes(r.base, options)
+	if err != nil {
+		return nil, err
+	}
+	r.memory = int64(memory.Weights + memory.Cache + memory.Activations)
+	return graph.NewServer(r.base, options)
+}
+
+// sequenceNumbers is how many a decoder gets: those that do not run keep prefixes.
+func sequenceNumbers(o Options) int { return max(2*o.Sequences, min(64, o.CacheTokens/128)) }
+
+func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder, error) {
 	model := llama.ModelOptions{}
 	if gpu {
 		model.GPULayers = llama.AllLayers
@@ -82,9 +127,8 @@ func (r *Runner) decoder(path string, o Options, gpu bool) (engine.Decoder, erro
 	if gpu {
 		attention = llama.AttentionPlain // make cuda leaves the flash kernels out, which take most of its build
 	}
-	// Sequence numbers cost next to nothing, but for a model that keeps a state for each.
-	sequences := max(64, 2*o.Sequences)
-	if whole.Recurrent() {
+	sequences := sequenceNumbers(o)
+	if whole.Recurrent() { // a state for each
 		sequences = 2 * o.Sequences
 	}
 	d, err := llama.NewDecoder(whole, llama.ContextOptions{

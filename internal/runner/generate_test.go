@@ -121,7 +121,7 @@ func TestEcho(t *testing.T) {
 		t.Errorf("%d tokens twice with 3 more: %d log-probabilities, %d beginnings", len(ids.Tokens), len(scored.LogProbs), echoed)
 	}
 	// Repeated words become likely.
-	if p := scored.LogProbs[len(ids.Tokens)-2]; p.LogProb < -0.5 {
+	if p := scored.LogProbs[len(ids.Tokens)-2]; p.LogProb < -2 {
 		t.Errorf("the next word of a long series has log-probability %v", p.LogProb)
 	}
 }
@@ -133,10 +133,6 @@ func TestChoiceProbabilities(t *testing.T) {
 	base, err := r.prompts.Encode(question)
 	if err != nil {
 		t.Fatal(err)
-	}
-	end, ok := r.model.EOS()
-	if !ok {
-		t.Fatal("the default model has no end of text")
 	}
 	for _, c := range []struct {
 		name    string
@@ -155,14 +151,23 @@ func TestChoiceProbabilities(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			tokens := slices.Concat(base, spelling)
+			ends := [][]engine.Token{nil}
 			if c.ending {
-				tokens = append(tokens, end)
+				ends = nil
+				for _, end := range r.ends {
+					ends = append(ends, []engine.Token{end})
+				}
 			}
-			scored := ask(t, r, child.GenerateRequest{PromptTokens: tokens, PromptOnly: true, Echo: true, LogProbs: true})
-			for _, p := range scored.LogProbs[len(base):] {
-				want[i] += p.LogProb
+			var each []float64
+			for _, end := range ends {
+				scored := ask(t, r, child.GenerateRequest{PromptTokens: slices.Concat(base, spelling, end), PromptOnly: true, Echo: true, LogProbs: true})
+				sum := 0.0
+				for _, p := range scored.LogProbs[len(base):] {
+					sum += p.LogProb
+				}
+				each = append(each, sum)
 			}
+			want[i] = logSumExp(len(each), func(i int) float64 { return each[i] })
 		}
 		norm := logSumExp(len(want), func(i int) float64 { return want[i] })
 		all := events(t, r, child.GenerateRequest{PromptTokens: base, Constraint: choose(c.choices...), LogProbs: true, TopLogProbs: 20})
@@ -173,9 +178,9 @@ func TestChoiceProbabilities(t *testing.T) {
 			if p > last.ChoiceProbabilities[best] {
 				best = i
 			}
-			// The rounding of the engine in other batches; and only one of the ends is scored above.
-			if math.Abs(p-math.Exp(want[i]-norm)) > 0.08 {
-				t.Errorf("%s: %q has probability %.4f, as a prompt %.4f", c.name, c.choices[i], p, math.Exp(want[i]-norm))
+			// The own engine's bits do not depend on the batch; what is left is float64.
+			if math.Abs(p-math.Exp(want[i]-norm)) > 1e-6 {
+				t.Errorf("%s: %q has probability %.9f, as a prompt %.9f", c.name, c.choices[i], p, math.Exp(want[i]-norm))
 			}
 		}
 		if math.Abs(sum-1) > 1e-9 || last.Text != c.choices[best] {

@@ -96,7 +96,7 @@ func Run(ctx context.Context, in io.Reader, out io.Writer, logger *slog.Logger) 
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	if err := events.Encode(child.RunnerEvent{Type: "ready", ContextTokens: r.ContextTokens()}); err != nil {
+	if err := events.Encode(child.RunnerEvent{Type: "ready", ContextTokens: r.ContextTokens(), MemoryBytes: r.MemoryBytes()}); err != nil {
 		return errors.Join(fmt.Errorf("report ready: %w", err), server.Close())
 	}
 	logger.Info("runner is ready", slog.String("model_dir", config.ModelDir), slog.Int("context_tokens", r.ContextTokens()))

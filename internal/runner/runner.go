@@ -87,6 +87,7 @@ type Runner struct {
 	logger        *slog.Logger
 	scheduler     *scheduler
 	engine        string // own, llama
+	memory        int64  // bytes, see MemoryBytes
 	constraints   *constraints
 	ends          []engine.Token // end a turn
 	places        atomic.Int64   // left: how many more requests may come
@@ -147,6 +148,9 @@ func New(o Options) (_ *Runner, err error) {
 	}()
 	return r, nil
 }
+
+// MemoryBytes is what the runner holds and may still fill: weights laid out anew, cache, buffers; not the mapped file. 0: not known.
+func (r *Runner) MemoryBytes() int64 { return r.memory }
 
 // ContextTokens is the longest prompt + completion of one sequence.
 func (r *Runner) ContextTokens() int { return r.contextTokens }

@@ -501,8 +501,8 @@ func TestCancelFreesTheSlot(t *testing.T) {
 
 // The cache is a pool: when its sequences outgrow it together, the last one waits and is computed again.
 func TestCacheOverflow(t *testing.T) {
-	// Three prompts of about 150 tokens in a pool of 256 cells.
-	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 256, Sequences: 4, Threads: 1, CacheTokens: 256})
+	// Three prompts of about 300 tokens in a pool of 512 cells.
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 512, Sequences: 4, Threads: 1, CacheTokens: 512})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -510,14 +510,14 @@ func TestCacheOverflow(t *testing.T) {
 	want := make([]answer, 3)
 	prompts := make([]string, 3)
 	for i := range prompts {
-		prompts[i] = strings.Repeat(fmt.Sprintf("%d bottles of beer. ", i+3), 18)
-		want[i] = ask(t, r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 12})
+		prompts[i] = strings.Repeat(fmt.Sprintf("%d bottles of beer. ", i+3), 50)
+		want[i] = ask(t, r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 100})
 	}
 	got := make([]answer, 3)
 	var wg sync.WaitGroup
 	for i := range prompts {
 		wg.Go(func() {
-			got[i], _ = generate(t.Context(), r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 12})
+			got[i], _ = generate(t.Context(), r, child.GenerateRequest{Prompt: &prompts[i], MaxTokens: 100})
 		})
 	}
 	wg.Wait()
