@@ -556,6 +556,12 @@ void hone_op_repacked_matmul(struct ggml_tensor *dst, int ith, int nth, void *us
 			int64_t n = (to - t + left - 1) / left, j = tile_count - left;
 			float f[MOST][P] __attribute__((aligned(64)));
 			struct ahead ahead = {next + j * group_bytes(layouts[kind]), tile_count, tile_count > 1 ? j : INT64_MAX};
+			// The cache lines of the result come while the tile is computed: stores that miss would wait for each other.
+			for (int64_t at = t * M + panel * P; at < (t + n) * M; at += M)
+				for (int64_t i = 0; i < width; i += 16) {
+					__builtin_prefetch(y + at + i, 1);
+					if (residual) __builtin_prefetch(residual + at + i, 0);
+				}
 			tiles[n - 1][kind](w + panel * panel_bytes, x + t * groups, groups, ahead, f);
 			for (int64_t i = 0; i < n; i++, t++) {
 				int64_t at = t * M + panel * P;
