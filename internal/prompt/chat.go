@@ -60,6 +60,7 @@ const (
 type tool struct {
 	name       string
 	parameters json.RawMessage // a JSON schema, nil if none was given
+	strict     bool            // every keyword of the schema must be kept to
 }
 
 // ChatPrompt returns the prompt of a conversation. The error is ErrNoTemplate, a *MessageError or the context's.
@@ -109,7 +110,7 @@ func (b *Builder) ChatPrompt(ctx context.Context, messages []wire.Message, o Cha
 		write = b.continueFinal
 	}
 	err = write(ctx, p, chat, o)
-	if message := new(MessageError); errors.As(err, &message) && len(chat.Tools) > 0 {
+	if message := new(MessageError); errors.As(err, &message) && len(chat.Tools) > 0 && !exceeds(err) {
 		// Some templates cannot do without what OpenAI lets a tool leave out, others know few types of parameters.
 		if full, fullErr := completeTools(chat.Tools); fullErr == nil && write(ctx, p, Chat{chat.Messages, full}, o) == nil {
 			err = nil
@@ -160,15 +161,18 @@ func (o *ChatOptions) thinks() *bool {
 
 // generate makes the prompt up to the assistant's turn, or to the end of an empty <think> block in it.
 func (b *Builder) generate(ctx context.Context, p *ChatPrompt, chat Chat, o ChatOptions) error {
-	text, err := b.render(ctx, chat, true, o.vars())
-	if err != nil {
-		return err
-	}
-	empty := ""
+	var text, empty string
+	var err error
 	thinks := b.thinking()
-	open := strings.HasSuffix(strings.TrimSpace(text), thinkStart)
-	off := o.thinks() != nil && !*o.thinks() && (open || thinks.thinks && !thinks.switches)
-	if o.Answer || off {
+	open, closes := false, o.Answer
+	if !closes {
+		if text, err = b.render(ctx, chat, true, o.vars()); err != nil {
+			return err
+		}
+		open = strings.HasSuffix(strings.TrimSpace(text), thinkStart)
+		closes = o.thinks() != nil && !*o.thinks() && (open || thinks.thinks && !thinks.switches)
+	}
+	if closes {
 		if text, empty, err = b.answerText(ctx, chat, o.vars()); err != nil {
 			return err
 		}
@@ -234,6 +238,7 @@ func parseTools(text json.RawMessage) ([]tool, error) {
 		Function struct {
 			Name       string          `json:"name"`
 			Parameters json.RawMessage `json:"parameters"`
+			Strict     bool            `json:"strict"`
 		} `json:"function"`
 	}
 	if err := json.Unmarshal(text, &items); err != nil {
@@ -254,7 +259,7 @@ func parseTools(text json.RawMessage) ([]tool, error) {
 		if bytes.Equal(f.Parameters, []byte("null")) {
 			f.Parameters = nil
 		}
-		tools = append(tools, tool{f.Name, f.Parameters})
+		tools = append(tools, tool{f.Name, f.Parameters, f.Strict})
 	}
 	return tools, nil
 }

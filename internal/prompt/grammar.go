@@ -1,7 +1,6 @@
 package prompt
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +9,7 @@ import (
 	"unicode"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/third_party/jinja"
 )
 
 // toolGrammar returns the grammar of completions that may or must call tools, in llguidance's Lark: a tool's arguments
@@ -154,7 +154,7 @@ func (g *grammar) functions(tools []tool, lead, arguments string) error {
 	}
 	g.rule("function: %s", strings.Join(alternatives, " | "))
 	for i, t := range tools {
-		schema, err := argumentSchema(t.parameters)
+		schema, err := argumentSchema(t)
 		if err != nil {
 			return &MessageError{Message: -1, Param: "tools", Err: fmt.Errorf("tools: parameters of %q: %w", t.name, err)}
 		}
@@ -163,43 +163,95 @@ func (g *grammar) functions(tools []tool, lead, arguments string) error {
 	return nil
 }
 
-// spacing tells llguidance to write JSON with the spaces that templates write, and with no other white space, which
-// small models tend to write without end.
-const spacing = `{"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}`
+// Options of llguidance for arguments: JSON with the spaces that templates write and no other white space, which small
+// models tend to write without end. Where the tool is not strict, keywords that llguidance does not know are ignored, as
+// OpenAI's API does, and oneOf is read as anyOf.
+const (
+	strictOptions  = `{"whitespace_flexible":false,"item_separator":", ","key_separator":": "}`
+	lenientOptions = `{"whitespace_flexible":false,"item_separator":", ","key_separator":": ","lenient":true}`
+)
 
 // argumentSchema returns the schema of a function's arguments: its parameters', of an object. Without parameters that
-// is the empty object. Where the schema lists properties and says nothing about others, there are no others.
-func argumentSchema(parameters json.RawMessage) (string, error) {
+// is the empty object. Where the schema lists properties and says nothing about others, there are no others. Properties keep
+// their order, which is that of the model's arguments; what only describes is left out.
+func argumentSchema(t tool) (string, error) {
+	parameters := t.parameters
 	if len(parameters) == 0 {
 		parameters = json.RawMessage(`{"properties": {}}`)
 	}
-	var schema map[string]json.RawMessage
-	if err := json.Unmarshal(parameters, &schema); err != nil || schema == nil {
+	value, err := jinja.FromJSON(parameters)
+	if err != nil || !value.IsDict() {
 		return "", fmt.Errorf("expected a JSON schema of an object, not %.40q", parameters)
 	}
-	if kind, ok := schema["type"]; ok && !bytes.Equal(kind, []byte(`"object"`)) {
-		return "", fmt.Errorf(`arguments are an object, so its type must be "object", not %.40s`, kind)
+	value = bareSchema(value)
+	schema := value.AsDict()
+	if kind, ok := schema.Get("type"); ok && (!kind.IsString() || kind.AsString() != "object") {
+		return "", errors.New(`arguments are an object, so the schema's type must be "object"`)
 	}
-	open := schema["properties"] == nil
-	for _, key := range []string{"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"} {
-		open = open || schema[key] != nil
-	}
-	if schema["x-guidance"] != nil {
+	if schema.Has("x-guidance") {
 		return "", errors.New(`"x-guidance" is not a key of JSON schemas`)
 	}
-	// The text stays as it is: the order of properties is that of the model's arguments.
-	first := `{"type":"object","x-guidance":` + spacing
-	if !open {
-		first += `,"additionalProperties":false`
+	schema.Set("type", jinja.NewString("object"))
+	open := !schema.Has("properties")
+	for _, key := range []string{"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"} {
+		open = open || schema.Has(key)
 	}
-	var text bytes.Buffer
-	if err := json.Compact(&text, parameters); err != nil {
+	if !open {
+		schema.Set("additionalProperties", jinja.NewBool(false))
+	}
+	options := lenientOptions
+	if t.strict {
+		options = strictOptions
+	}
+	text, err := jinja.ToJSON(value)
+	if err != nil {
 		return "", err
 	}
-	if len(schema) > 0 {
-		first += ","
+	return `{"x-guidance": ` + options + ", " + text[1:], nil
+}
+
+// Keywords of JSON schemas whose values are schemas, lists of them or objects of them, and those that constrain nothing.
+var (
+	schemaKeys = []string{
+		"items", "prefixItems", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "propertyNames", "contains",
+		"not", "if", "then", "else", "allOf", "anyOf", "oneOf",
 	}
-	return first + text.String()[1:], nil
+	schemaMaps   = []string{"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
+	descriptions = []string{"title", "description", "default", "example", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
+)
+
+// bareSchema returns a schema, or a list of them, without descriptions. These are for the prompt; in a grammar they count
+// against its size.
+func bareSchema(v jinja.Value) jinja.Value {
+	switch {
+	case v.IsList():
+		items := make([]jinja.Value, 0, v.AsList().Len())
+		for _, item := range v.AsList().Items {
+			items = append(items, bareSchema(item))
+		}
+		return jinja.NewList(items)
+	case v.IsDict():
+		bare := jinja.NewDict()
+		for _, key := range v.AsDict().OrderedKeys() {
+			value, _ := v.AsDict().Get(key)
+			switch {
+			case slices.Contains(descriptions, key):
+				continue
+			case slices.Contains(schemaKeys, key):
+				value = bareSchema(value)
+			case slices.Contains(schemaMaps, key) && value.IsDict():
+				named := jinja.NewDict()
+				for _, name := range value.AsDict().OrderedKeys() {
+					schema, _ := value.AsDict().Get(name)
+					named.AsDict().Set(name, bareSchema(schema))
+				}
+				value = named
+			}
+			bare.AsDict().Set(key, value)
+		}
+		return bare
+	}
+	return v
 }
 
 // larkString writes text as a Lark string, which takes JSON's escapes but, unlike JSON, no control character.

@@ -2,6 +2,7 @@ package prompt_test
 
 import (
 	"encoding/json"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -167,6 +168,38 @@ func TestToolGrammar(t *testing.T) {
 				t.Errorf("may end: %v", complete)
 			}
 		})
+	}
+}
+
+// A grammar holds what constrains arguments and nothing else; keywords that llguidance does not know are an error of
+// strict tools only.
+func TestArgumentSchemas(t *testing.T) {
+	t.Parallel()
+	const schema = `{"title": "T", "description": "a %json /x/i", "type": "object", "properties": {"title": {"type": "string", "description": "D", "default": "x"}, "n": {"type": "integer", "multipleOf": 2},
+		"list": {"type": "array", "items": {"description": "I", "oneOf": [{"title": "A", "const": "a"}, {"const": "b"}]}, "uniqueItems": true}}, "required": ["title"], "$comment": "C"}`
+	const want = `"type": "object", "properties": {"title": {"type": "string"}, "n": {"type": "integer", "multipleOf": 2}, ` +
+		`"list": {"type": "array", "items": {"oneOf": [{"const": "a"}, {"const": "b"}]}, "uniqueItems": true}}, "required": ["title"], "additionalProperties": false}`
+	options := func(strict string) prompt.ChatOptions {
+		return prompt.ChatOptions{ToolChoice: required, Tools: json.RawMessage(`[{"type": "function", "function": {"name": "f", "strict": ` + strict + `, "parameters": ` + schema + `}}]`)}
+	}
+	for _, strict := range []string{"false", "null"} {
+		c := constrain(t, "qwen2.5-instruct", options(strict))
+		if !strings.HasSuffix(c.prompt.Constraint.Text, want+"\n") {
+			t.Errorf("the grammar is\n%s\nexpected at its end\n%s", c.prompt.Constraint.Text, want)
+		}
+		text := "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"title\": \"北\", \"n\": 4, \"list\": [\"b\", \"a\"]}}\n</tool_call>"
+		if taken, complete := c.accepts(t, text); taken != len(text) || !complete {
+			t.Errorf("takes %q of %q", text[:taken], text)
+		}
+	}
+	b, _ := chatModel(t, "qwen2.5-instruct")
+	p, err := b.ChatPrompt(t.Context(), []wire.Message{user("Q")}, options("true"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := new(llguidance.GrammarError)
+	if _, err := constrain(t, "qwen2.5-instruct", options("false")).tokenizer.New(p.Constraint.Kind, p.Constraint.Text); !errors.As(err, &refused) {
+		t.Errorf("a strict tool with keywords that are not supported: %v", err)
 	}
 }
 

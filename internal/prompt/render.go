@@ -114,6 +114,12 @@ func (b *Builder) renderAs(ctx context.Context, chat Chat, generationPrompt bool
 	return text, nil
 }
 
+// exceeds tells whether a rendering ended because it cost too much: another would too.
+func exceeds(err error) bool {
+	limit := new(jinja.LimitError)
+	return errors.Is(err, errRenderTime) || errors.As(err, &limit)
+}
+
 // messageValue is a message as transformers' users pass it: keys that are not set are absent, tool arguments are
 // objects, and the content of an assistant's message that only calls tools is none, unless the style says otherwise.
 func messageValue(m *wire.Message, style callStyle) (jinja.Value, error) {
