@@ -127,10 +127,11 @@ test-lmeval: build model $(lmeval)/ready ## lm-evaluation-harness against a runn
 	@scripts/with_server.sh bin/hone '$(lmeval)/bin/python scripts/lmeval/run.py bin/hone $$base examples/mcq build/lmeval'
 
 .PHONY: golden
-golden: model $(python) ## compute the trainer's golden files again (installs PyTorch)
+golden: model $(python) ## compute the trainer's and the sampler's golden files again (installs PyTorch)
 	$(python) scripts/golden/train_golden.py tiny internal/train/testdata
 	$(python) scripts/golden/objective_golden.py internal/train/testdata
 	$(python) scripts/golden/train_golden.py smollm2 $(HONE_TEST_MODEL) internal/train/testdata
+	$(python) scripts/golden/sampling.py
 
 $(python): scripts/golden/requirements.txt
 	python3 -m venv build/venv

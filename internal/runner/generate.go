@@ -121,7 +121,7 @@ func (r *Runner) completions(ctx context.Context, request *request, req child.Ge
 	for i := range max(req.N, 1) {
 		c := &completion{
 			request: request, vocabulary: r.model, index: i, limit: limit,
-			sampler: newSampler(req, i, r.ends), text: newText(req.Stop),
+			sampler: newSampler(req, i, r.ends), text: newText(req.Stop, req.MinTokens),
 			logProbs: req.LogProbs, top: req.TopLogProbs,
 			score: req.Echo && req.LogProbs, only: req.PromptOnly,
 		}

@@ -255,56 +255,12 @@ func (s *sampler) pick(logits []float32, mask []uint32) engine.Token {
 	if s.random == nil {
 		return argmax(logits, mask)
 	}
-	if s.topK > 0 && s.topK < len(logits) {
-		s.likeliest(logits, mask)
-	} else if best := argmax(logits, mask); best >= 0 {
-		// Where top-p is not asked for, min-p needs no probabilities: it is a bound on the logit.
-		floor := math.Inf(-1)
-		if s.topP >= 1 && s.minP > 0 {
-			floor = float64(logits[best]) + s.temperature*math.Log(s.minP)
-		}
-		s.candidates = s.candidates[:0]
-		each(logits, mask, func(t engine.Token, logit float32) {
-			if float64(logit) >= floor { // never a NaN
-				s.candidates = append(s.candidates, candidate{token: t, logit: logit})
-			}
-		})
-	} else {
-		return -1
+	if s.topK == 0 && s.topP >= 1 && s.minP == 0 {
+		return s.draw(logits, mask)
 	}
-	if len(s.candidates) == 0 { // no logit is a number
+	kept, total := s.keep(logits, mask)
+	if len(kept) == 0 { // nothing is allowed, or no logit of it is a number
 		return argmax(logits, mask)
-	}
-	return s.draw()
-}
-
-// draw takes one of the candidates at random, after top-p and min-p.
-func (s *sampler) draw() engine.Token {
-	kept := s.candidates
-	top := kept[0].logit
-	for _, c := range kept {
-		top = max(top, c.logit)
-	}
-	total := 0.0
-	for i := range kept {
-		kept[i].p = 1 // of the highest, also where that is infinite
-		if kept[i].logit < top {
-			kept[i].p = math.Exp(float64(kept[i].logit-top) / s.temperature)
-		}
-		total += kept[i].p
-	}
-	if s.topP < 1 {
-		// The tokens below this bound have together less than the mass that top-p leaves out.
-		bound := (1 - s.topP) * total / float64(len(kept)) * (1 - 1e-9)
-		kept = slices.DeleteFunc(kept, func(c candidate) bool { return c.p < bound })
-		kept, total = nucleus(kept, s.topP*total)
-	}
-	if s.minP > 0 {
-		kept = slices.DeleteFunc(kept, func(c candidate) bool { return c.p < s.minP })
-		total = 0
-		for _, c := range kept {
-			total += c.p
-		}
 	}
 	at := s.random.Float64() * total
 	for _, c := range kept {
@@ -315,7 +271,98 @@ func (s *sampler) draw() engine.Token {
 	return kept[len(kept)-1].token // rounding left a rest
 }
 
-// likeliest makes the topK allowed tokens of the highest logits, of equals those of the lowest ids, the candidates.
+// draw takes one of all allowed tokens at random.
+func (s *sampler) draw(logits []float32, mask []uint32) engine.Token {
+	best := argmax(logits, mask)
+	total := s.weigh(logits, mask, best)
+	if total == 0 {
+		return best
+	}
+	at := s.random.Float64() * total
+	for t, weight := range s.weights {
+		if at -= weight; at < 0 {
+			return engine.Token(t)
+		}
+	}
+	return best // rounding left a rest
+}
+
+// keep returns what is drawn from, after temperature, top-k, top-p and min-p, and the sum of its probabilities.
+func (s *sampler) keep(logits []float32, mask []uint32) (kept []candidate, total float64) {
+	if s.topK > 0 && s.topK < len(logits) {
+		s.likeliest(logits, mask)
+		for _, c := range s.candidates {
+			total += c.p
+		}
+	} else {
+		total = s.weigh(logits, mask, argmax(logits, mask))
+		// The tokens below the bound have together less than the mass that top-p leaves out. Without top-p, min-p itself
+		// is the bound.
+		bound := (1 - s.topP) * total / float64(len(logits)) * (1 - 1e-9)
+		if s.topP >= 1 {
+			bound = s.minP
+		}
+		s.candidates = s.candidates[:0]
+		for t, weight := range s.weights {
+			if weight > 0 && weight >= bound {
+				s.candidates = append(s.candidates, candidate{token: engine.Token(t), p: weight})
+			}
+		}
+	}
+	kept = s.candidates
+	if len(kept) == 0 {
+		return nil, 0
+	}
+	if s.topP < 1 {
+		kept, _ = nucleus(kept, s.topP*total)
+	}
+	total = 0
+	if s.minP > 0 {
+		kept = slices.DeleteFunc(kept, func(c candidate) bool { return c.p < s.minP })
+	}
+	for _, c := range kept {
+		total += c.p
+	}
+	return kept, total
+}
+
+// weigh sets the weights of all tokens to their probabilities in units of the likeliest one's, 0 of tokens that are not
+// allowed, and returns their sum: 0 if best is -1 or its logit is no number.
+func (s *sampler) weigh(logits []float32, mask []uint32, best engine.Token) (total float64) {
+	s.weights = slices.Grow(s.weights[:0], len(logits))[:len(logits)]
+	if best < 0 || logits[best] != logits[best] || math.IsInf(float64(logits[best]), -1) {
+		clear(s.weights)
+		return 0
+	}
+	if math.IsInf(float64(logits[best]), 1) {
+		clear(s.weights)
+		s.weights[best] = 1
+		return 1
+	}
+	top, inverse := float64(logits[best]), 1/s.temperature
+	if mask == nil {
+		weights := s.weights[:len(logits)]
+		for t, logit := range logits {
+			w := math.Exp((float64(logit) - top) * inverse)
+			weights[t] = w
+			total += w
+		}
+		return total
+	}
+	clear(s.weights)
+	for i, word := range mask {
+		for ; word != 0; word &= word - 1 {
+			if t := i*32 + bits.TrailingZeros32(word); t < len(logits) {
+				s.weights[t] = math.Exp((float64(logits[t]) - top) * inverse)
+				total += s.weights[t]
+			}
+		}
+	}
+	return total
+}
+
+// likeliest makes the topK allowed tokens of the highest logits, of equals those of the lowest ids, the candidates,
+// with their probabilities.
 func (s *sampler) likeliest(logits []float32, mask []uint32) {
 	heap := s.candidates[:0] // the least likely first
 	each(logits, mask, func(t engine.Token, logit float32) {
@@ -332,13 +379,26 @@ func (s *sampler) likeliest(logits []float32, mask []uint32) {
 		}
 	})
 	s.candidates = heap
+	if len(heap) == 0 {
+		return
+	}
+	top := heap[0].logit
+	for _, c := range heap {
+		top = max(top, c.logit)
+	}
+	for i := range heap {
+		heap[i].p = 1 // of the highest, also where that is infinite
+		if heap[i].logit < top {
+			heap[i].p = math.Exp(float64(heap[i].logit-top) / s.temperature)
+		}
+	}
 }
 
-// after orders candidates from the least likely on.
+// after orders candidates from the lowest logit on.
 func after(a, b candidate) bool { return a.logit < b.logit || a.logit == b.logit && a.token > b.token }
 
-// before orders candidates from the likeliest on.
-func before(a, b candidate) bool { return after(b, a) }
+// before orders candidates from the most probable on.
+func before(a, b candidate) bool { return a.p > b.p || a.p == b.p && a.token < b.token }
 
 // sift moves a heap's element i down to where no child is before it.
 func sift(heap []candidate, i int, before func(a, b candidate) bool) {

@@ -12,6 +12,7 @@ import (
 // what may become a stop string.
 type text struct {
 	stops [][]byte
+	deaf  int // so many tokens are still shown without regard to stop strings
 
 	pending []byte // pieces not shown yet
 	shown   int    // bytes shown before pending
@@ -23,8 +24,10 @@ type pendingToken struct {
 	logProb    child.TokenLogProb
 }
 
-func newText(stops []string) *text {
-	t := &text{}
+// newText returns the text of a completion that ends before the first of the stop strings. A stop string counts from the
+// token after minTokens on: what is written before neither ends the completion nor is a beginning of one.
+func newText(stops []string, minTokens int) *text {
+	t := &text{deaf: minTokens}
 	for _, s := range stops {
 		t.stops = append(t.stops, []byte(s))
 	}
@@ -39,6 +42,10 @@ func (t *text) add(piece []byte, logProb *child.TokenLogProb) (show string, logP
 		t.tokens = append(t.tokens, pendingToken{start, start + len(piece), *logProb})
 	}
 	t.pending = append(t.pending, piece...)
+	if t.deaf > 0 {
+		t.deaf--
+		return t.take(len(t.pending) - incompleteRune(t.pending))
+	}
 	if at := t.findStop(); at >= 0 {
 		t.pending = t.pending[:at]
 		show, logProbs = t.finish()
@@ -77,12 +84,14 @@ func (t *text) take(n int) (show string, logProbs []child.TokenLogProb, stopped 
 	return show, logProbs, false
 }
 
-// findStop returns where in pending the first stop string begins, -1 if there is none.
+// findStop returns where in pending the stop string begins that is complete first, -1 if there is none: the one that
+// would have ended the completion had it come byte by byte. Of several that end together it is the longest.
 func (t *text) findStop() int {
-	first := -1
+	first, end := -1, len(t.pending)+1
 	for _, stop := range t.stops {
-		if at := bytes.Index(t.pending, stop); at >= 0 && (first < 0 || at < first) {
-			first = at
+		at := bytes.Index(t.pending, stop)
+		if n := at + len(stop); at >= 0 && (n < end || n == end && at < first) {
+			first, end = at, n
 		}
 	}
 	return first
