@@ -44,7 +44,8 @@ func (b *blame) empty() bool {
 	return len(b.entries) == 0
 }
 
-// look reports whether a runner has ended with the request, and returns the refusal of one with which it has too often.
+// look reports whether the runner has ended with the request as often as may be, and returns the refusal of one with which
+// it has more often.
 func (b *blame) look(key fingerprint) (suspected bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -57,7 +58,7 @@ func (b *blame) look(key fingerprint) (suspected bool, err error) {
 		delete(b.entries, key)
 		return false, nil
 	case entry.ends < maxEnds:
-		return true, nil
+		return entry.ends == maxEnds-1, nil
 	}
 	return true, &Error{Code: CodeEndsEngine, Message: fmt.Sprintf(
 		"this request has ended the engine %d times in a row (the last time, %v) and is refused for the next %s. Change it; please report it, with the server's log",

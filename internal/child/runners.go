@@ -74,7 +74,7 @@ type model struct {
 	failures int   // starts in a row that failed without the runner saying why
 	failed   error // the last of them
 	retry    time.Time
-	suspects chan struct{} // holds a token while a request runs with which the runner has ended before
+	suspects chan struct{} // holds a token while a request runs that is refused if the runner ends with it again
 }
 
 // State is where a runner is in its life.
@@ -216,7 +216,8 @@ type use struct {
 	release func() // of the place of suspects
 }
 
-// begin waits for the runner of base, and for other requests that are suspected as this one is. The caller calls leave.
+// begin waits for the runner of base. A request that will be refused if the runner ends with it once more waits for others
+// like it too, so that those that only ran beside the deadly one are answered. The caller calls leave.
 func (r *Runners) begin(ctx context.Context, base Base, content any) (*use, error) {
 	u := &use{runners: r, key: sync.OnceValue(func() fingerprint { return fingerprintOf(base, content) }), release: func() {}}
 	if !r.blame.empty() {
@@ -225,7 +226,6 @@ func (r *Runners) begin(ctx context.Context, base Base, content any) (*use, erro
 			return nil, err
 		}
 		if suspected {
-			// Which of the requests that ran together ended the runner shows when they run one after the other.
 			suspects := r.model(base).suspects
 			select {
 			case suspects <- struct{}{}:
