@@ -59,8 +59,8 @@ const (
 	defaultSequences     = 8
 	defaultContextTokens = 8192
 	defaultCacheTokens   = 16384
-	// runnerOverhead is what a runner takes beside weights and cache: buffers of a batch, tokenizer, idle adapters.
-	runnerOverhead = 256 << 20
+	// runnerOverhead is what a runner takes beside weights and cache: buffers of a batch, tokenizer, adapters.
+	runnerOverhead = 128 << 20
 )
 
 // runnerBytes estimates what a runner will take: the weights once, the cache, and overhead. It reads the header of the
