@@ -295,6 +295,73 @@ func TestOtherGrammars(t *testing.T) {
 	}
 }
 
+func TestClone(t *testing.T) {
+	t.Parallel()
+	v := newVocabulary()
+	c, err := v.tokenizer(t).New(llguidance.KindRegex, "a[bc]d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Accept('a'); err != nil {
+		t.Fatal(err)
+	}
+	clone, err := c.Clone()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer clone.Close()
+	if err := c.Accept('b'); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"d"}, v.allowed(t, c)); diff != "" {
+		t.Errorf("the original (-want +got):\n%s", diff)
+	}
+	if c.Compiled() <= 0 {
+		t.Error("compiling took no time")
+	}
+	c.Close()
+	if _, err := c.Clone(); !errors.Is(err, llguidance.ErrClosed) {
+		t.Errorf("clone after Close: %v", err)
+	}
+	if diff := cmp.Diff([]string{"b", "c"}, v.allowed(t, clone)); diff != "" {
+		t.Errorf("the clone (-want +got):\n%s", diff)
+	}
+}
+
+// Check measures what New would need, and lets through what people write.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ kind, text, say string }{
+		{llguidance.KindRegex, `(?i)[a-z0-9_-]{1,64}@[a-z-]+\.(com|org)`, ""},
+		{llguidance.KindRegex, `\p{Han}+[，。！？]`, ""},
+		{llguidance.KindRegex, "(?i)" + strings.Repeat(`[b-\x{10ffff}]`, 50), "regular expressions"},
+		{llguidance.KindRegex, strings.Repeat("a", 20_000), "at most"},
+		{llguidance.KindRegex, "\xff", "UTF-8"},
+		{llguidance.KindJSONSchema, `{"type":"number","multipleOf":0.01}`, ""},
+		{llguidance.KindJSONSchema, `{"properties":{"a":{"multipleOf":5},"b":{"multipleOf":0.25},"c":{"multipleOf":60}}}`, ""},
+		{llguidance.KindJSONSchema, `{"properties":{"multipleOf":{"type":"integer"},"pattern":{"type":"string"},"minimum":{}}}`, ""},
+		{llguidance.KindJSONSchema, `{"multiple\u004ff":1000003}`, "multipleOf"},
+		{llguidance.KindJSONSchema, `{"multipleOf":1e400}`, "multipleOf"},
+		{llguidance.KindJSONSchema, `{"allOf":[{"multipleOf":499},{"multipleOf":503}]}`, "multipleOf"},
+		{llguidance.KindJSONSchema, strings.Repeat(`{"items":`, 65) + "1" + strings.Repeat("}", 65), "deeper"},
+		{llguidance.KindJSONSchema, `true`, "must be a JSON object"},
+		{llguidance.KindLark, "start: %json {\"type\": \"object\"} \"::=\"\n", ""},
+		{llguidance.KindLark, "root   ::= item+\nitem ::= \"a\"", "line 1 is GBNF"},
+		{llguidance.KindLark, `start: %json {"multipleOf": 1000003}`, "multipleOf"},
+		{llguidance.KindLark, `start: %json {"type": }`, "%json"},
+		{llguidance.KindLark, strings.Repeat("a: b\n", 3000), "rules"},
+	} {
+		err := llguidance.Check(c.kind, c.text)
+		var refused *llguidance.GrammarError
+		switch {
+		case c.say == "" && err != nil:
+			t.Errorf("%s %.60q: %v", c.kind, c.text, err)
+		case c.say != "" && (!errors.As(err, &refused) || !strings.Contains(refused.Message, c.say)):
+			t.Errorf("%s %.60q: error is %v, want one that says %q", c.kind, c.text, err, c.say)
+		}
+	}
+}
+
 // The header in this directory must be the one of the library that is linked.
 func TestHeaderIsTheLibrarysOwn(t *testing.T) {
 	native := os.Getenv("HONE_NATIVE")

@@ -298,6 +298,55 @@ func TestCompiledGrammarsAreKept(t *testing.T) {
 	}
 }
 
+// A constraint that becomes too much for a step fails its completion alone, with an error that says so.
+func TestConstraintThatExplodesLater(t *testing.T) {
+	m, constraints := defaultVocabulary(t)
+	want := child.Constraint{Kind: child.ConstraintRegex, Text: strings.Repeat("(", 8) + "a|bc" + strings.Repeat("{1,99})", 8)}
+	exploding, err := constraints.New(t.Context(), want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer exploding.Close()
+	other, err := constraints.New(t.Context(), child.Constraint{Kind: child.ConstraintRegex, Text: "[a-z]+!"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	eos, _ := m.EOS()
+	for range 200 {
+		exploding.Start()
+		exploding.Start() // twice is once
+		other.Start()
+		if _, err := other.Mask(); err != nil {
+			t.Fatal(err)
+		}
+		mask, err := exploding.Mask()
+		if err != nil {
+			var failure *child.Error
+			if !errors.As(err, &failure) || failure.Code != child.CodeInvalidRequest || !strings.Contains(failure.Message, "constraint") {
+				t.Errorf("error is %#v", err)
+			}
+			if !complete(t, m, other, "abc!") {
+				t.Error("the other completion does not go on")
+			}
+			return
+		}
+		next := engine.Token(-1)
+		each(make([]float32, m.VocabularySize()), mask, func(t engine.Token, _ float32) {
+			if t != eos {
+				next = t
+			}
+		})
+		if next < 0 {
+			break
+		}
+		if err := exploding.Accept(next); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Error("nothing exploded: the test needs another constraint")
+}
+
 // threadTime is the processor time of the calling thread, which must be locked to its goroutine.
 func threadTime(t testing.TB) time.Duration {
 	t.Helper()
@@ -490,4 +539,72 @@ func hostileConstraints() map[string]child.Constraint {
 		hostile["lark: "+name] = child.Constraint{Kind: child.ConstraintLark, Text: lark}
 	}
 	return hostile
+}
+
+// BenchmarkMask is the time of one mask over the default model's vocabulary, with what accepting the token before takes,
+// along a text that the constraint allows. cold starts every completion with a fresh copy of the compiled grammar, as
+// requests do.
+func BenchmarkMask(b *testing.B) {
+	m, constraints := defaultVocabulary(b)
+	<-constraints.ready
+	person := `{"type":"object","properties":{"name":{"type":"string"},"city":{"enum":["北京","上海","Paris"]},"age":{"type":"integer"},"notes":{"type":"array","items":{"type":"string","maxLength":200}}},"required":["name","city","age","notes"],"additionalProperties":false}`
+	for _, c := range []struct {
+		name string
+		want child.Constraint
+		text string
+	}{
+		{"schema", child.Constraint{Kind: child.ConstraintJSONSchema, Text: person},
+			`{"name": "Ada Lovelace, the first to write a program", "city": "北京", "age": 36, "notes": ["She wrote notes on the engine.", "一个关于她的故事，很长。", "third"]}`},
+		{"inside a string", child.Constraint{Kind: child.ConstraintJSONSchema, Text: person},
+			`{"name": "` + strings.Repeat("the quick brown fox jumps over the lazy dog, again and again; ", 8) + `"`},
+		{"object", child.Constraint{Kind: child.ConstraintJSONObject},
+			`{"a": [1, 2, {"b": "a longer text in the middle"}], "c": {"d": null, "e": "文字，文字"}}`},
+		{"regex", child.Constraint{Kind: child.ConstraintRegex, Text: `(答案|结论)：.{1,200}。`}, "答案：这是一个比较长的回答，有很多字。"},
+		{"choice", child.Constraint{Kind: child.ConstraintChoice, Choices: []string{"北京市海淀区", "上海市浦东新区", "a rather long choice of many words"}}, "a rather long choice of many words"},
+	} {
+		tokens, err := m.Tokenize(c.text, false, false)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(c.name, func(b *testing.B) {
+			var worst time.Duration
+			for b.Loop() {
+				made, err := constraints.New(b.Context(), c.want)
+				if err != nil {
+					b.Fatal(err)
+				}
+				for _, token := range tokens {
+					before := time.Now()
+					if _, err := made.Mask(); err != nil {
+						b.Fatal(err)
+					}
+					worst = max(worst, time.Since(before))
+					if err := made.Accept(token); err != nil {
+						b.Fatal(err)
+					}
+				}
+				made.Close()
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*len(tokens)), "µs/mask")
+			b.ReportMetric(float64(worst.Microseconds()), "µs-worst")
+		})
+	}
+	b.Run("copy of a kept grammar", func(b *testing.B) {
+		for b.Loop() {
+			made, err := constraints.New(b.Context(), child.Constraint{Kind: child.ConstraintJSONSchema, Text: person})
+			if err != nil {
+				b.Fatal(err)
+			}
+			made.Close()
+		}
+	})
+	b.Run("vocabulary", func(b *testing.B) {
+		for b.Loop() {
+			tokenizer, err := vocabularyOf(m)
+			if err != nil {
+				b.Fatal(err)
+			}
+			tokenizer.Close()
+		}
+	})
 }
