@@ -23,9 +23,9 @@ type Memory struct {
 	changed chan struct{} // closed, and replaced, when a grant shrinks or ends
 }
 
-// autoShare is what an automatic budget takes of the memory that would be free without children; the rest is for the
+// AutoShare is what an automatic budget takes of the memory that would be free without children; the rest is for the
 // server itself, the page cache and other programs.
-const autoShare = 0.9
+const AutoShare = 0.9
 
 // NewMemory returns a budget of so many bytes. With 0 it is nine tenths of what is free, measured at each grant; the
 // memory that children have of their own counts as free, as they are what is granted.
@@ -129,7 +129,7 @@ func (m *Memory) budget() (int64, error) {
 			free += own
 		}
 	}
-	return int64(float64(free) * autoShare), nil
+	return int64(float64(free) * AutoShare), nil
 }
 
 func (m *Memory) taken() (sum int64) {

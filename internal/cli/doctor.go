@@ -112,7 +112,7 @@ func examine(cmd *cobra.Command) []doctor.Check {
 	}
 	o := doctor.Options{
 		DataDir: cfg.DataDir, Host: cfg.Host, Port: cfg.Port, DefaultModel: cfg.DefaultModel, Device: cfg.Device,
-		TrainerDevice: cfg.Trainer.Device, TrainerMemory: cfg.Trainer.MemoryBytes(), Threads: cfg.Threads,
+		TrainerDevice: cfg.Trainer.Device, Memory: cfg.MemoryBytes(), TrainerMemory: cfg.Trainer.MemoryBytes(), Threads: cfg.Threads,
 		Cores: runtime.NumCPU(), Quota: runtime.GOMAXPROCS(0), Engine: askEngine,
 	}
 	o.FreeMemory, o.GroupFree, o.MemoryErr = memory.Free()

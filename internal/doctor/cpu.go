@@ -8,7 +8,9 @@ import (
 	"strings"
 
 	"github.com/dustin/go-humanize"
+
 	"github.com/dustin/go-humanize/english"
+	"github.com/hone-llm/hone/internal/child"
 )
 
 // cpu is what /proc/cpuinfo says of the first processor.
@@ -130,7 +132,8 @@ const (
 
 func size(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
 
-func (o *Options) memory() Check {
+// memory says what is free and what of it the server may use. While one runs, what its models hold is not free.
+func (o *Options) memory(m modelState, h holder) Check {
 	if o.MemoryErr != nil {
 		return Check{"memory", Warning, "not known: " + oneLine(o.MemoryErr), "hone reads /proc/meminfo: is /proc mounted?"}
 	}
@@ -142,6 +145,14 @@ func (o *Options) memory() Check {
 	if o.GroupFree < o.FreeMemory { // groups without a limit have one beyond any machine
 		check.Found += ", and the control group (a container's limit) leaves " + size(o.GroupFree)
 	}
+	budget, how := o.Memory, fmt.Sprint("memory: ", o.Memory)
+	if budget == 0 {
+		budget, how = int64(float64(free)*child.AutoShare), "memory: auto"
+	}
+	check.Found += fmt.Sprintf("; models and jobs may take %s together (%s)", size(budget), how)
+	if h.held && o.Memory == 0 {
+		check.Found += " beside what the running server's have"
+	}
 	if o.TrainerMemory > 0 {
 		check.Found += ", of which trainer.memory gives a job " + size(o.TrainerMemory)
 	}
@@ -150,6 +161,12 @@ func (o *Options) memory() Check {
 		check.Status = Problem
 	case free < jobMemory:
 		check.Status = Warning
+	case o.Memory > 0 && m.size > o.Memory:
+		check.Status, check.Fix = Problem, fmt.Sprintf("raise memory: %s alone has %s", m.name, size(m.size))
+		return check
+	case o.Memory > free && !h.held:
+		check.Status, check.Fix = Warning, "memory is more than is free, so models may fail to load, or the machine swap: lower it, or end other programs"
+		return check
 	case o.TrainerMemory > free && o.TrainerDevice == "cpu":
 		check.Status, check.Fix = Warning, "trainer.memory is more than there is; jobs get what is free"
 		return check

@@ -55,6 +55,7 @@ type Options struct {
 	DefaultModel  string // "": none
 	Device        string // of answers: auto, cpu, cuda
 	TrainerDevice string // of jobs that do not say
+	Memory        int64  // that models and jobs may take together, in bytes; 0: automatic
 	TrainerMemory int64  // that a job may take, in bytes; 0: what is free
 	Threads       int    // 0: one for each core
 
@@ -126,7 +127,7 @@ func Run(ctx context.Context, o Options) []Check {
 	return []Check{
 		o.processor(cpu), engineCheck(cpu, engine, engineErr), layoutCheck(cpu, engine, engineErr),
 		o.gpu(engine, engineErr), o.answers(engine, model), o.jobs(engine),
-		o.memory(), o.disk(),
+		o.memory(model, holder), o.disk(),
 		data, o.server(ctx, holder),
 		model.check(hubOK, pipOK), hub, pip,
 	}

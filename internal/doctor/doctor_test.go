@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/models"
 )
 
@@ -189,10 +190,20 @@ func TestRoom(t *testing.T) {
 		{8 << 30, 100 << 20, Problem, "leaves 100 MiB", "docker run --memory"},
 	} {
 		o := Options{Root: root, FreeMemory: test.free, GroupFree: test.group}
-		expect(t, o.memory(), test.status, test.want, test.fix)
+		expect(t, o.memory(modelState{}, holder{}), test.status, test.want, test.fix)
 	}
 	o := Options{Root: root, MemoryErr: errors.New("no such file")}
-	expect(t, o.memory(), Warning, "not known", "/proc")
+	expect(t, o.memory(modelState{}, holder{}), Warning, "not known", "/proc")
+
+	o = Options{Root: root, FreeMemory: 10 << 30, GroupFree: math.MaxInt64}
+	expect(t, o.memory(modelState{}, holder{}), OK, "models and jobs may take 9.0 GiB together (memory: auto)", "")
+	expect(t, o.memory(modelState{}, holder{held: true}), OK, "(memory: auto) beside what the running server's have", "")
+	o.Memory = 4 << 30
+	expect(t, o.memory(modelState{name: "m", size: 3 << 30}, holder{}), OK, "may take 4.0 GiB together", "")
+	expect(t, o.memory(modelState{name: "m", size: 5 << 30}, holder{}), Problem, "4.0 GiB", "raise memory: m alone has 5.0 GiB")
+	o.Memory = 12 << 30
+	expect(t, o.memory(modelState{}, holder{}), Warning, "12 GiB", "lower it")
+	expect(t, o.memory(modelState{}, holder{held: true}), OK, "12 GiB", "")
 
 	expect(t, diskCheck("/d", 60<<30, 100<<30), OK, "60 GiB free of 100 GiB at /d", "")
 	expect(t, diskCheck("/d", 1<<30, 100<<30), Warning, "1.0 GiB", "HONE_HOME")
@@ -292,6 +303,23 @@ func TestServer(t *testing.T) {
 	}
 	if err := os.Symlink("/usr/bin/hone (deleted)", filepath.Join(root, "proc/4711/exe")); err != nil {
 		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		models  []child.ModelState
+		want    string
+		failing bool
+	}{
+		{nil, "no model is in memory", false},
+		{[]child.ModelState{
+			{Model: "a", State: child.Ready, IdleSeconds: 61, MemoryBytes: 1 << 30}, {Model: "b", State: child.Ready, MemoryBytes: 2 << 30, Requests: 3},
+		}, "a is ready (1.0 GiB, idle for 1m1s); b is ready (2.0 GiB, 3 requests)", false},
+		{[]child.ModelState{{Model: "a", State: child.Loading, LoadedBytes: 1 << 30, TotalBytes: 4 << 30, Requests: 1}}, "a is loading (1.0 GiB of 4.0 GiB)", false},
+		{[]child.ModelState{{Model: "a", State: child.Failed, Error: "it\ndied"}}, "a is failed (it; died)", true},
+		{[]child.ModelState{{Model: "a", State: child.Waiting, Error: "no memory"}}, "a is waiting (no memory)", true},
+	} {
+		if got, failing := describeModels(test.models); got != test.want || failing != test.failing {
+			t.Errorf("%q, %v, want %q, %v", got, failing, test.want, test.failing)
+		}
 	}
 	o := Options{Root: root, Host: "127.0.0.1", Port: port(healthy)}
 	expect(t, o.server(t.Context(), held), Warning, "replaced", "start it again")

@@ -16,8 +16,10 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"golang.org/x/sys/unix"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -142,7 +144,7 @@ func (o *Options) server(ctx context.Context, h holder) Check {
 	if ip := net.ParseIP(o.Host); ip != nil && ip.IsUnspecified() {
 		url = "http://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(o.Port))
 	}
-	healthErr := health(ctx, url)
+	models, healthErr := health(ctx, url)
 	switch {
 	case !h.held && healthErr == nil:
 		return Check{"server", Problem, fmt.Sprintf("port %d is in use by a hone server over another data directory", o.Port), "set port (--port, HONE_PORT) to another, or stop that server"}
@@ -156,28 +158,57 @@ func (o *Options) server(ctx context.Context, h holder) Check {
 	if exe, err := os.Readlink(o.path(fmt.Sprintf("proc/%d/exe", h.pid))); err == nil && strings.HasSuffix(exe, " (deleted)") {
 		return Check{"server", Warning, fmt.Sprintf("healthy at %s, but %s runs a program that has been replaced since", url, h), "start it again; the running job goes on"}
 	}
-	return Check{"server", OK, fmt.Sprintf("healthy at %s (%s)", url, h), ""}
+	found, failing := describeModels(models)
+	if failing {
+		return Check{"server", Warning, fmt.Sprintf("healthy at %s (%s), but %s", url, h, found), "its log has what the model's process said; for one that waits, memory: in the configuration is the budget of all models and jobs"}
+	}
+	return Check{"server", OK, fmt.Sprintf("healthy at %s (%s); %s", url, h, found), ""}
 }
 
-// health asks a hone server how it is.
-func health(ctx context.Context, url string) error {
+// describeModels says which models a server has in memory, and whether one waits for memory or does not start.
+func describeModels(models []child.ModelState) (text string, failing bool) {
+	var parts []string
+	for _, m := range models {
+		part := fmt.Sprintf("%s is %s", m.Model, m.State)
+		switch {
+		case m.State == child.Failed || m.State == child.Waiting:
+			failing = true
+			part += " (" + oneLine(errors.New(m.Error)) + ")"
+		case m.State == child.Loading && m.TotalBytes > 0:
+			part += fmt.Sprintf(" (%s of %s)", size(m.LoadedBytes), size(m.TotalBytes))
+		case m.IdleSeconds > 0:
+			part += fmt.Sprintf(" (%s, idle for %s)", size(m.MemoryBytes), time.Duration(m.IdleSeconds*float64(time.Second)).Round(time.Second))
+		default:
+			part += fmt.Sprintf(" (%s, %s)", size(m.MemoryBytes), english.Plural(m.Requests, "request", ""))
+		}
+		parts = append(parts, part)
+	}
+	if parts == nil {
+		return "no model is in memory", false
+	}
+	return strings.Join(parts, "; "), failing
+}
+
+// health asks a hone server how it is, and its models.
+func health(ctx context.Context, url string) ([]child.ModelState, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/health", nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// Of this machine: never through a proxy.
 	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	var body struct {
-		Status string `json:"status"`
+		Status string             `json:"status"`
+		Models []child.ModelState `json:"models"`
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<16)).Decode(&body); err != nil || resp.StatusCode != http.StatusOK || body.Status != "ok" {
-		return fmt.Errorf("it answers %s", resp.Status)
+		return nil, fmt.Errorf("it answers %s", resp.Status)
 	}
-	return nil
+	return body.Models, nil
 }
