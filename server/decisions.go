@@ -26,8 +26,8 @@ const (
 // decision answers POST /v1/decisions: each question is a chat completion that is constrained to its choices, and what is
 // answered are their probabilities.
 //
-// A question follows the input in one user message, so all questions of a request have the input as a prefix, which the
-// runner computes once.
+// A question follows the input in one user message, so all questions of a request begin with the input, which the runner
+// computes once.
 func (s *Server) decision(c *gin.Context) error {
 	var req wire.DecisionRequest
 	if err := decode(c, &req); err != nil {
@@ -49,7 +49,7 @@ func (s *Server) decision(c *gin.Context) error {
 		}
 		requests[i] = child.GenerateRequest{
 			ID: partID(id, i), Client: clientOf(c.Request), TopP: 1,
-			Messages:       []wire.Message{{Role: "user", Content: input + "\n\n" + wordQuestion(question)}},
+			Messages:       []wire.Message{{Role: "user", Content: wordQuestion(input, question)}},
 			Constraint:     &child.Constraint{Kind: child.ConstraintChoice, Choices: decisionChoices(question)},
 			EnableThinking: new(false),
 		}
@@ -151,32 +151,36 @@ func decisionChoices(q *wire.DecisionQuestion) []string {
 	return values
 }
 
-// wordQuestion is what follows the input.
-func wordQuestion(q *wire.DecisionQuestion) string {
+// wordQuestion asks a question about the input. The values themselves are the answers, not letters before them: a small
+// model ranks the values better (SmolLM2-135M-Instruct, docs/api.md), and a letter would have to be learnt first.
+func wordQuestion(input string, q *wire.DecisionQuestion) string {
 	var b strings.Builder
-	b.WriteString("---\n")
+	fmt.Fprintf(&b, "Text:\n%s\n\n", input)
 	if q.Type == wire.DecisionPredicateType {
-		fmt.Fprintf(&b, "Is this true of the text above? %s\nAnswer Yes or No.", q.Instructions)
+		fmt.Fprintf(&b, "Statement: %s\nIs the statement true? Answer Yes or No.", q.Instructions)
 		return b.String()
 	}
-	b.WriteString(q.Instructions)
+	fmt.Fprintf(&b, "Question: %s\n", q.Instructions)
 	line := func(value, description string) {
-		fmt.Fprintf(&b, "\n- %s", value)
+		fmt.Fprintf(&b, "- %s", value)
 		if description != "" {
 			fmt.Fprintf(&b, ": %s", description)
 		}
+		b.WriteByte('\n')
 	}
 	if q.Type == wire.DecisionScoreType {
-		b.WriteString("\nAnswer with one of these levels, from the lowest to the highest:")
+		b.WriteString("Levels, from the lowest to the highest:\n")
 		for _, level := range q.Levels {
 			line(level.Label, level.Description)
 		}
+		b.WriteString("Answer with one of the levels, and nothing else.")
 		return b.String()
 	}
-	b.WriteString("\nAnswer with one of these:")
+	b.WriteString("Options:\n")
 	for _, choice := range q.Choices {
 		line(choice.Value.Text, choice.Description)
 	}
+	b.WriteString("Answer with one of the options, and nothing else.")
 	return b.String()
 }
 

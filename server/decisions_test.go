@@ -30,11 +30,21 @@ func TestDecisions(t *testing.T) {
 			t.Errorf("%s: %d (-want +got)\n%s", model, status, diff)
 		}
 	}
+	questions := map[string]int{}
 	for _, req := range r.echo.requests {
-		input, question, found := strings.Cut(req.Messages[0].Content, "\n\n---\n")
-		if strings.Join(strings.Fields(input), " ") != "I was charged twice." || !found || question == "" || req.Temperature != 0 || *req.EnableThinking {
+		input, question, _ := strings.Cut(strings.Replace(req.Messages[0].Content, "I was\n\ncharged", "I was charged", 1), "\n\n")
+		if input != "Text:\nI was charged twice." || req.Temperature != 0 || *req.EnableThinking {
 			t.Errorf("request %+v", req)
 		}
+		questions[question]++
+	}
+	want := map[string]int{
+		"Question: Classify the ticket.\nOptions:\n- billing\n- technical: errors\n- true\nAnswer with one of the options, and nothing else.":                    2,
+		"Statement: The customer is angry.\nIs the statement true? Answer Yes or No.":                                                                            2,
+		"Question: How urgent is it?\nLevels, from the lowest to the highest:\n- low\n- middle\n- high: today\nAnswer with one of the levels, and nothing else.": 2,
+	}
+	if diff := cmp.Diff(want, questions); diff != "" {
+		t.Errorf("questions (-want +got)\n%s", diff)
 	}
 	if req, _ := r.echo.last(); req.Client != "addr:127.0.0.1" {
 		t.Errorf("client %q", req.Client)
