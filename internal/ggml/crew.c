@@ -56,9 +56,9 @@ static void futex_wake(_Atomic uint32_t *at) { syscall(SYS_futex, at, FUTEX_WAKE
 
 static _Atomic uint32_t *serial_of(struct hone_crew *c) { return (_Atomic uint32_t *)((char *)&c->state + offsetof(union state, serial)); }
 
-static int64_t now(void) {
+static int64_t now(const struct hone_crew *c) {
 	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	clock_gettime(atomic_load_explicit(&c->limit, memory_order_relaxed) == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
 	return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
@@ -78,7 +78,7 @@ static void open_node(struct hone_crew *c) {
 	union state s = {.word = atomic_load(&c->state)};
 	s.serial++;
 	s.taken = s.tasks = 0;
-	if (c->times) c->opened = now();
+	if (c->times) c->opened = now(c);
 	for (; c->at < c->n && !atomic_load_explicit(&c->stop, memory_order_relaxed); c->at++)
 		if ((s.tasks = tasks_of(c->nodes[c->at])) > 0) break;
 	c->stopped = c->at < c->n && s.tasks == 0;
@@ -97,7 +97,7 @@ static bool take(struct hone_crew *c, union state s) {
 	memcpy(&fun, node->op_params, sizeof fun); // as ggml's own custom parameters begin
 	fun(node, s.taken, s.tasks, NULL);
 	if (atomic_fetch_add(&c->done, 1) + 1 == s.tasks) {
-		if (c->times) c->times[c->at] += now() - c->opened;
+		if (c->times) c->times[c->at] += now(c) - c->opened;
 		c->at++;
 		open_node(c);
 	}

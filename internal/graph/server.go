@@ -62,7 +62,9 @@ type Server struct {
 	memory   []mapping
 
 	batch serverBatch
-	lock  sync.Mutex // of adapters' use
+	keys  []programKey         // of the batch
+	costs map[string]ggml.Cost // of the running Profile
+	lock  sync.Mutex           // of adapters' use
 }
 
 // ServerMemory is what a server takes, in bytes.

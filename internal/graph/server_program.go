@@ -452,19 +452,45 @@ func (s *Server) planAdapters(parts []engine.Part) {
 	}
 }
 
-func (s *Server) compute() error {
+// stages are the programs of the planned batch, in order.
+func (s *Server) stages() []programKey {
 	b := &s.batch
-	if err := s.crew.Run(s.prepared(programKey{stage: stageBody, rows: b.tokens, sites: b.sites &^ siteHead})); err != nil {
-		return err
-	}
+	list := append(s.keys[:0], programKey{stage: stageBody, rows: b.tokens, sites: b.sites &^ siteHead})
 	if n := b.logits + b.states; n > 0 {
-		all := b.inOrder && n == b.tokens
-		if err := s.crew.Run(s.prepared(programKey{stageTail, n, b.sites &^ siteHead, all})); err != nil {
+		list = append(list, programKey{stageTail, n, b.sites &^ siteHead, b.inOrder && n == b.tokens})
+	}
+	if b.logits > 0 {
+		list = append(list, programKey{stage: stageHead, rows: b.logits, sites: b.sites & siteHead})
+	}
+	s.keys = list
+	return list
+}
+
+func (s *Server) compute() error {
+	for _, key := range s.stages() {
+		program := s.prepared(key)
+		if s.costs != nil {
+			costs, err := s.crew.Profile(program)
+			if err != nil {
+				return err
+			}
+			for kind, c := range costs {
+				sum := s.costs[kind]
+				s.costs[kind] = ggml.Cost{Kind: kind, Nodes: sum.Nodes + c.Nodes, Time: sum.Time + c.Time}
+			}
+		} else if err := s.crew.Run(program); err != nil {
 			return err
 		}
 	}
-	if b.logits > 0 {
-		return s.crew.Run(s.prepared(programKey{stage: stageHead, rows: b.logits, sites: b.sites & siteHead}))
-	}
 	return nil
+}
+
+// Profile does what Decode does and returns what its operations of each kind took.
+func (s *Server) Profile(parts []engine.Part) (map[string]ggml.Cost, error) {
+	s.costs = make(map[string]ggml.Cost)
+	defer func() { s.costs = nil }()
+	if err := s.Decode(parts); err != nil {
+		return nil, err
+	}
+	return s.costs, nil
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -237,5 +238,149 @@ func TestServerBits(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// writeAdapter writes a random adapter of the trainer's as adapter.gguf and returns it with its path.
+func writeAdapter(t testing.TB, m *graph.Model, file *gguf.File, seed uint64, deviation float64, o graph.LoRAOptions) (*graph.LoRA, string) {
+	t.Helper()
+	l, err := m.NewLoRA(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	random := rand.New(rand.NewPCG(seed, 77))
+	architecture, _ := file.Metadata.String("general.architecture")
+	metadata := []gguf.KeyValue{
+		{Key: "general.type", Value: "adapter"}, {Key: "general.architecture", Value: architecture},
+		{Key: "adapter.type", Value: "lora"}, {Key: "adapter.lora.alpha", Value: float32(o.Alpha)},
+	}
+	var tensors []gguf.TensorData
+	for _, p := range l.Parts {
+		a, b := make([]float32, o.Rank*p.In), make([]float32, p.Out*o.Rank)
+		for _, half := range [][]float32{a, b} {
+			for i := range half {
+				half[i] = float32(random.NormFloat64() * deviation)
+			}
+		}
+		l.SetMatrices(p, a, b)
+		name := fmt.Sprintf("blk.%d.%s.weight", p.Layer, p.Module.TensorName())
+		tensors = append(tensors,
+			gguf.TensorData{Name: name + gguf.SuffixA, Shape: []int64{int64(p.In), int64(o.Rank)}, Type: gguf.F32, Data: gguf.Float32Bytes(a)},
+			gguf.TensorData{Name: name + gguf.SuffixB, Shape: []int64{int64(o.Rank), int64(p.Out)}, Type: gguf.F32, Data: gguf.Float32Bytes(b)})
+	}
+	path := filepath.Join(t.TempDir(), "adapter.gguf")
+	if err := gguf.WriteFile(path, metadata, tensors); err != nil {
+		t.Fatal(err)
+	}
+	return l, path
+}
+
+// TestServerAdapters: logits with an adapter are the trainer's, and in a batch with the base and other adapters they are
+// those that each has alone, bit for bit.
+func TestServerAdapters(t *testing.T) {
+	paths := map[string]string{"default": modeltest.Path(t)}
+	for _, m := range enginetest.Models {
+		paths[m.Name] = m.Write(t)
+	}
+	kinds := []graph.LoRAOptions{
+		{Rank: 8, Alpha: 16, Modules: graph.AllLinear}, {Rank: 3, Alpha: 16, Modules: []graph.Module{graph.Query, graph.Value}},
+		{Rank: 17, Alpha: 5, Modules: []graph.Module{graph.Output, graph.Down}}, {Rank: 4, Alpha: 4, Modules: []graph.Module{graph.Gate}, Layers: []int{1}},
+	}
+	for name, path := range paths {
+		t.Run(name, func(t *testing.T) {
+			file, err := gguf.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			m := load(t, path, graph.Layout{Forward: ggml.F32, Backward: ggml.F32})
+			s := newServer(t, path, graph.ServerOptions{Threads: 2, Sequences: 16, CacheTokens: 4096})
+			vocabulary := s.Limits().Vocabulary
+			tokens := randomTokens(4, vocabulary, 40)
+			batch := engine.Batch{Tokens: tokens, Segments: engine.Rows(len(tokens))}
+			for i := range tokens {
+				batch.Targets = append(batch.Targets, engine.Target{Position: i, Weight: 1})
+			}
+			adapters := []engine.Adapter{nil}
+			plain, err := m.Logits(batch, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			alone := [][][]float32{decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll})[0]}
+			rounding := 0.0
+			for i := range plain {
+				rounding = max(rounding, distance(alone[0][i], plain[i]))
+			}
+			for i, o := range kinds {
+				deviation := 0.05
+				if name == "default" {
+					deviation = 0.02
+				}
+				lora, adapterPath := writeAdapter(t, m, file, uint64(i), deviation, o)
+				a, err := s.LoadAdapter(adapterPath)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer a.Close()
+				adapters = append(adapters, a)
+				want, err := m.Logits(batch, lora)
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.Truncate(0, 0)
+				alone = append(alone, decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll, Adapter: a})[0])
+				worst, changed := 0.0, 0.0
+				for j := range want {
+					worst, changed = max(worst, distance(alone[i+1][j], want[j])), max(changed, distance(plain[j], want[j]))
+				}
+				t.Logf("%v rank %d: off by %.2g, the base by %.2g; the adapter changes %.2g", o.Modules, o.Rank, worst, rounding, changed)
+				// Activations rounded to int8 are off by different amounts with and without the adapter; of float weights, an
+				// adapter that was left out or scaled otherwise would show.
+				if worst > 5*rounding+0.002 || rounding < 0.01 && changed < 10*worst {
+					t.Errorf("%v rank %d: off by %g, the base by %g; the adapter changes %g", o.Modules, o.Rank, worst, rounding, changed)
+				}
+			}
+			// All at once, as a prompt and then token by token; of each adapter three sequences of different lengths.
+			for i := range s.Limits().Sequences {
+				s.Truncate(engine.Sequence(i), 0)
+			}
+			got := make([][][]float32, 15)
+			for at, step := 0, 0; at < len(tokens); step++ {
+				n := min([]int{30, 1, 5, 4}[step%4], len(tokens)-at)
+				var parts []engine.Part
+				for i := range got {
+					p := engine.Part{Sequence: engine.Sequence(i), Position: at, Tokens: tokens[at : at+n], Adapter: adapters[i%len(adapters)], Want: engine.WantAll}
+					parts = append(parts, p)
+				}
+				for i, rows := range decode(t, s, parts...) {
+					got[i] = append(got[i], rows...)
+				}
+				at += n
+			}
+			for i := range got {
+				same(t, fmt.Sprintf("adapter %d in a batch", i%len(adapters)), got[i], alone[i%len(adapters)])
+			}
+		})
+	}
+}
+
+// TestServerState: the states of all tokens, beside logits in the same batch, give those logits.
+func TestServerState(t *testing.T) {
+	path := enginetest.Models[0].Write(t)
+	s := newServer(t, path, graph.ServerOptions{Sequences: 3, CacheTokens: 100})
+	tokens := randomTokens(5, 101, 20)
+	alone := decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantState})[0]
+	logits := decode(t, s, engine.Part{Sequence: 1, Tokens: tokens, Want: engine.WantAll})[0]
+	s.Truncate(0, 0)
+	s.Truncate(1, 0)
+	mixed := decode(t, s, engine.Part{Sequence: 1, Tokens: tokens, Want: engine.WantState}, engine.Part{Sequence: 2, Tokens: tokens[:7]}, engine.Part{Tokens: tokens, Want: engine.WantAll})
+	same(t, "states", mixed[0], alone)
+	same(t, "logits", mixed[2], logits)
+	if len(alone) != 20 || len(alone[0]) != s.Limits().Embedding || len(mixed[1]) != 0 {
+		t.Errorf("%d states of %d elements, and %d outputs that nobody wants", len(alone), len(alone[0]), len(mixed[1]))
+	}
+	if got := s.FreeTokens(); got >= 100 {
+		t.Errorf("%d tokens are free of 100", got)
 	}
 }
