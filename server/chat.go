@@ -12,7 +12,7 @@ import (
 
 const maxMessages = 4096
 
-// reasoningEfforts are OpenAI's. None is the same as enable_thinking false; what the others mean is up to the model's template.
+// reasoningEfforts are OpenAI's. None means no thinking too; what the others mean is up to the model's template.
 var reasoningEfforts = []string{"none", "minimal", "low", "medium", "high", "xhigh", "max"}
 
 // chatCompletion answers POST /v1/chat/completions, streamed or whole.
@@ -75,11 +75,7 @@ func applyTemplate(req *wire.ChatCompletionRequest, generate *child.GenerateRequ
 		if !slices.Contains(reasoningEfforts, *req.ReasoningEffort) {
 			return invalid("reasoning_effort", "reasoning_effort is %.40q, expected one of %v", *req.ReasoningEffort, reasoningEfforts)
 		}
-		if *req.ReasoningEffort == "none" {
-			generate.EnableThinking = new(false)
-		} else {
-			generate.ReasoningEffort = *req.ReasoningEffort
-		}
+		generate.ReasoningEffort = *req.ReasoningEffort
 	}
 	if req.ChatTemplateKwargs != nil && req.ChatTemplateKwargs.EnableThinking != nil {
 		generate.EnableThinking = req.ChatTemplateKwargs.EnableThinking

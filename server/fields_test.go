@@ -73,7 +73,7 @@ func TestChatAccepts(t *testing.T) {
 		{`"tools":[],"tool_choice":"auto","parallel_tool_calls":true`, child.GenerateRequest{}},
 
 		{`"reasoning_effort":"low"`, child.GenerateRequest{ReasoningEffort: "low"}},
-		{`"reasoning_effort":"none"`, child.GenerateRequest{EnableThinking: new(false)}},
+		{`"reasoning_effort":"none"`, child.GenerateRequest{ReasoningEffort: "none"}},
 		{`"chat_template_kwargs":{"enable_thinking":true}`, child.GenerateRequest{EnableThinking: new(true)}},
 		{`"chat_template_kwargs":{}`, child.GenerateRequest{}},
 		{`"add_generation_prompt":true,"continue_final_message":false`, child.GenerateRequest{}},
