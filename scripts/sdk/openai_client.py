@@ -4,10 +4,14 @@ errors, an upload, a fine-tuning job to its end, the tuned model. Exits with 1 a
     python openai_client.py http://127.0.0.1:8080/v1
 """
 
+import json
 import math
+import os
 import pathlib
+import signal
 import sys
 import time
+import urllib.request
 
 import openai
 
@@ -26,6 +30,26 @@ PAIR = (
     '"preferred_output": [{"role": "assistant", "content": "The apple."}], '
     '"non_preferred_output": [{"role": "assistant", "content": "The hammer."}]}\n'
 )
+
+
+def stream_that_breaks(client):
+    """Ends the model's process in the middle of a stream, which the client raises as an error, and asks again."""
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Write a long story about a river."}], temperature=0, stream=True
+    )
+    text = ""
+    try:
+        for chunk in stream:
+            content = chunk.choices[0].delta.content
+            if content and not text:
+                health = json.load(urllib.request.urlopen(str(client.base_url.join("/health"))))
+                os.kill(next(m["pid"] for m in health["models"] if m["model"] == MODEL), signal.SIGKILL)
+            text += content or ""
+        expect("stream that breaks: raises", False, f"it ended after {text!r}")
+    except openai.APIError as e:
+        expect("stream that breaks: raises, with the reason", text and e.code == "runner_ended", repr(e))
+    again = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8)
+    expect("stream that breaks: the next request is answered", again.choices[0].message.content)
 
 
 def main():
@@ -69,6 +93,8 @@ def main():
         expect("error: unknown field", False, "no error")
     except openai.BadRequestError as e:
         expect("error: unknown field is named", "guided_regex_typo" in str(e), e)
+
+    stream_that_breaks(client)
 
     training = pathlib.Path(__file__).with_name("train.jsonl")
     file = client.files.create(file=training, purpose="fine-tune")
