@@ -20,6 +20,7 @@ import (
 	"time"
 
 	openai "github.com/sashabaranov/go-openai"
+	"go.uber.org/goleak"
 
 	"github.com/hone-llm/hone/client"
 	"github.com/hone-llm/hone/configs"
@@ -50,7 +51,13 @@ func TestMain(m *testing.M) {
 			os.Exit(code)
 		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	http.DefaultClient.CloseIdleConnections() // of the tests' clients
+	if err := goleak.Find(goleak.IgnoreTopFunction("github.com/hone-llm/hone/internal/child.forkThread")); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // smallRunner repeats the last message word by word. The word die ends the process, slow takes a minute.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -87,6 +88,7 @@ func TestEndToEndRunnerDies(t *testing.T) {
 		t.Fatal(err)
 	}
 	two := h.state(t, "two").PID
+	files := h.files(t)
 	for _, signal := range []syscall.Signal{syscall.SIGABRT, syscall.SIGKILL, syscall.SIGSEGV} {
 		var streams sync.WaitGroup
 		begun := make(chan struct{})
@@ -131,9 +133,25 @@ func TestEndToEndRunnerDies(t *testing.T) {
 			t.Errorf("%s did not end process %d", signal, pid)
 		}
 	}
+	for deadline := time.Now().Add(20 * time.Second); h.files(t) > files; time.Sleep(50 * time.Millisecond) {
+		http.DefaultClient.CloseIdleConnections() // the server's side of them
+		if time.Now().After(deadline) {
+			t.Fatalf("the server has %d files open, and had %d", h.files(t), files)
+		}
+	}
 	if got := h.state(t, "two"); got.PID != two {
 		t.Errorf("the other model's runner is %+v and was process %d", got, two)
 	}
+}
+
+// files is how many files the server has open.
+func (h *hone) files(t *testing.T) int {
+	t.Helper()
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", h.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(list)
 }
 
 // rawError reads a stream that ends with an error: the last event is one, and [DONE] does not come.
