@@ -384,3 +384,13 @@ func TestServerState(t *testing.T) {
 		t.Errorf("%d tokens are free of 100", got)
 	}
 }
+
+func openFile(t testing.TB, path string) *gguf.File {
+	t.Helper()
+	file, err := gguf.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	return file
+}
