@@ -522,7 +522,10 @@ static const tile_t tiles[MOST][HONE_REPACKED_KINDS] = {ROW(1), ROW(2), ROW(3), 
 #endif
 };
 
-// A thread computes a panel for all tokens of a chunk, whose activations stay in the second-level cache.
+// A thread computes a panel for all tokens of a chunk, whose activations stay in the second-level cache. Units of work are
+// shared out evenly beforehand: taken one by one from a counter, they cost 10% at 8 tokens, because the next panel is not
+// known to be fetched, and gained at most 8% at 64 beside a process that keeps a core busy, since the next operation
+// waits for all threads anyway.
 enum { CHUNK_BYTES = 512 << 10 };
 
 INLINE void finish(float *y, const float *sums, const float *residual, int64_t n) {
