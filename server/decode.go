@@ -99,7 +99,7 @@ func kindOf(raw []byte) string {
 func fieldError(fields map[string]json.RawMessage, t reflect.Type) error {
 	for _, key := range slices.Sorted(maps.Keys(fields)) {
 		wrap := func(inner []byte) []byte { return wrapKey(key, inner) }
-		if path, raw, err := innermost(t, key, fields[key], wrap); err != nil {
+		if path, raw, err := innermost(t, key, fields[key], wrap, maxSearchDepth); err != nil {
 			message := err.Error()
 			if wrong := new(json.UnmarshalTypeError); errors.As(err, &wrong) {
 				message = fmt.Sprintf("expected %s, not %s", nameOf(wrong.Type), kindOf(raw))
@@ -110,6 +110,13 @@ func fieldError(fields map[string]json.RawMessage, t reflect.Type) error {
 	return invalid("", "the body does not have the expected fields")
 }
 
+// Bounds of the search for what is wrong with a body: every step of it decodes a part of the body anew. The API's own objects are
+// not as deep.
+const (
+	maxSearchDepth    = 8
+	maxSearchElements = 10_000
+)
+
 func wrapKey(key string, inner []byte) []byte {
 	name, err := json.Marshal(key)
 	if err != nil {
@@ -119,27 +126,31 @@ func wrapKey(key string, inner []byte) []byte {
 }
 
 // innermost returns the path, the text and the error of the deepest part of raw that t refuses on its own.
-// wrap puts a part where raw stands.
-func innermost(t reflect.Type, path string, raw []byte, wrap func([]byte) []byte) (string, []byte, error) {
+// wrap puts a part where raw stands. It looks at most depth levels into raw.
+func innermost(t reflect.Type, path string, raw []byte, wrap func([]byte) []byte, depth int) (string, []byte, error) {
 	err := json.Unmarshal(wrap(raw), reflect.New(t).Interface())
 	if err == nil {
 		return "", nil, nil
+	}
+	if depth == 0 {
+		return path, raw, err
 	}
 	var object map[string]json.RawMessage
 	var array []json.RawMessage
 	refused := func(part string) bool { return json.Unmarshal(wrap([]byte(part)), reflect.New(t).Interface()) != nil }
 	switch raw = bytes.TrimSpace(raw); {
 	case raw[0] == '{' && json.Unmarshal(raw, &object) == nil && !refused("{}"):
-		for _, key := range slices.Sorted(maps.Keys(object)) {
+		keys := slices.Sorted(maps.Keys(object))
+		for _, key := range keys[:min(len(keys), maxSearchElements)] {
 			inner := func(part []byte) []byte { return wrap(wrapKey(key, part)) }
-			if path, raw, err := innermost(t, path+"."+key, object[key], inner); err != nil {
+			if path, raw, err := innermost(t, path+"."+key, object[key], inner, depth-1); err != nil {
 				return path, raw, err
 			}
 		}
 	case raw[0] == '[' && json.Unmarshal(raw, &array) == nil && !refused("[]"):
 		inner := func(part []byte) []byte { return wrap(slices.Concat([]byte("["), part, []byte("]"))) }
-		for i, part := range array {
-			if path, raw, err := innermost(t, fmt.Sprintf("%s[%d]", path, i), part, inner); err != nil {
+		for i, part := range array[:min(len(array), maxSearchElements)] {
+			if path, raw, err := innermost(t, fmt.Sprintf("%s[%d]", path, i), part, inner, depth-1); err != nil {
 				return path, raw, err
 			}
 		}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -193,6 +195,57 @@ func TestRetryAfter(t *testing.T) {
 		resp.Body.Close()
 		if got := resp.Header.Get("Retry-After"); got != want || !strings.HasPrefix(resp.Header.Get("X-Request-Id"), "req_") {
 			t.Errorf("%s: Retry-After %q, want %q", word, got, want)
+		}
+	}
+}
+
+// TestOddValues puts values that no field expects into every field. Whatever comes of it, it is neither a failure nor a
+// request to the runner that is out of bounds.
+func TestOddValues(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	values := []string{
+		`null`, `true`, `false`, `0`, `-0`, `-1`, `1`, `1.5`, `-2147483649`, `2147483648`, `9223372036854775808`, `1e308`, `-1e308`, `1e-308`, `1e999`,
+		`""`, `"x"`, `"NaN"`, `"\u0000"`, `"\ud800"`, `[]`, `[null]`, `[[]]`, `[{}]`, `[1]`, `[-1]`, `["a","b"]`, `["\u0000","b"]`, `{}`, `{"a":1}`, `{"1":1}`, `{"type":"function"}`,
+		`{"type":"json_schema"}`, `{"type":"json_schema","json_schema":null}`, `{"type":"json_schema","json_schema":{"schema":null}}`, `[{"type":"function","function":null}]`,
+		`[{"role":"user","content":"x","tool_calls":[null]}]`, `[{"role":"assistant","tool_calls":[{}]}]`, `[null,null]`, `{"json":null,"choice":[]}`,
+		`[{"type":"choice","instructions":"?","choices":[null,null]}]`, `[{"type":"score","instructions":"?","levels":[{},{}]}]`,
+		strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000), strings.Repeat(`{"a":`, 5000) + "1" + strings.Repeat("}", 5000),
+	}
+	for path, test := range map[string]struct {
+		base   map[string]string
+		fields reflect.Type
+	}{
+		"/v1/chat/completions": {map[string]string{"model": `"smol"`, "messages": `[{"role":"user","content":"a b"}]`}, reflect.TypeFor[wire.ChatCompletionRequest]()},
+		"/v1/completions":      {map[string]string{"model": `"smol"`, "prompt": `"a b"`}, reflect.TypeFor[wire.CompletionRequest]()},
+		"/v1/embeddings":       {map[string]string{"model": `"smol"`, "input": `"a b"`}, reflect.TypeFor[wire.EmbeddingRequest]()},
+		"/v1/tokenize":         {map[string]string{"model": `"smol"`, "prompt": `"a b"`}, reflect.TypeFor[wire.TokenizeRequest]()},
+		"/v1/detokenize":       {map[string]string{"model": `"smol"`, "tokens": `[1]`}, reflect.TypeFor[wire.DetokenizeRequest]()},
+		"/v1/decisions":        {map[string]string{"model": `"smol"`, "input": `"a b"`, "questions": `[{"type":"predicate","instructions":"?"}]`}, reflect.TypeFor[wire.DecisionRequest]()},
+	} {
+		for _, field := range reflect.VisibleFields(test.fields) {
+			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+			if name == "" {
+				continue // an embedded struct; its fields come by themselves
+			}
+			for _, value := range values {
+				body := "{" + strconv.Quote(name) + ":" + value
+				for other, v := range test.base {
+					if other != name {
+						body += "," + strconv.Quote(other) + ":" + v
+					}
+				}
+				status, answer := r.do(t, http.MethodPost, path, body+"}")
+				if status != 200 && status != 400 && (name != "model" || status != 404) {
+					t.Errorf("%s %s=%.60s: %d %.300s", path, name, value, status, answer)
+				}
+			}
+		}
+	}
+	for _, req := range r.echo.requests {
+		if req.N < 0 || req.N > maxCompletions || req.MaxTokens < 0 || req.MinTokens < 0 || req.TopK < 0 || req.Temperature < 0 || req.Temperature > maxTemperature ||
+			req.TopP <= 0 || req.TopP > 1 || req.TopLogProbs < 0 || req.TopLogProbs > maxTopLogProbs || len(req.Stop) > maxStops {
+			t.Errorf("the runner was asked for %+v", req)
 		}
 	}
 }
