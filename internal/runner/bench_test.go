@@ -13,13 +13,14 @@ import (
 )
 
 // BenchmarkMultipleChoice answers questions of about 220 prompt tokens, eight at a time, as `hone predict` asks them:
-// 60 tokens of instruction are the same for all, the rest is each one's own. HONE_BENCH_THREADS sets the threads.
+// 60 tokens of instruction are the same for all, the rest is each one's own. HONE_BENCH_THREADS sets the threads,
+// HONE_BENCH_ENGINE the engine.
 func BenchmarkMultipleChoice(b *testing.B) {
 	threads, err := strconv.Atoi(os.Getenv("HONE_BENCH_THREADS"))
 	if err != nil {
 		threads = 0
 	}
-	r, err := New(Options{ModelDir: modelDir(b), ContextTokens: 2048, Threads: threads})
+	r, err := New(Options{ModelDir: modelDir(b), ContextTokens: 2048, Threads: threads, Engine: os.Getenv("HONE_BENCH_ENGINE")})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -7,7 +7,7 @@ const (
 	// beside it. The bound that hone promises is 3; the difference is for what the measurement cannot foresee.
 	maxSlowdown = 2.5
 	// leastChunk is the fewest tokens of prompts in a batch, so that they end in any case.
-	leastChunk = 4
+	leastChunk = 1
 	// firstChunk is taken while nothing has been measured yet.
 	firstChunk = 16
 	// paceWeight is the weight of the newest measurement in the running means.

@@ -258,18 +258,31 @@ func (s *scheduler) giveUp(q *sequence) {
 
 // prepare begins to load the adapters of the sequences that come next, and ends those whose adapter cannot be loaded.
 func (s *scheduler) prepare() {
-	held := 0
-	failed := map[*sequence]error{}
+	if !slices.ContainsFunc(s.waiting, func(q *sequence) bool { return q.request.adapter != nil }) {
+		return
+	}
+	held := 0 // by sequences that wait: as many as may run, and some whose turn has moved
 	for _, q := range s.waiting {
-		if q.request.adapter == nil {
-			continue
+		if q.holds {
+			held++
 		}
-		if held++; held > s.limit && !q.holds {
+	}
+	next := 0
+	failed := map[*sequence]error{}
+	for q := range turns(s.waiting) {
+		switch {
+		case q.request.adapter == nil:
 			continue
-		}
-		if !q.holds {
+		case q.holds:
+		case q.parent != nil || next < s.limit && held < 2*s.limit: // a branch's are in memory, for its parent
 			q.holds = true
+			held++
 			s.loaded.hold(q.request.adapter)
+		default:
+			continue
+		}
+		if q.parent == nil {
+			next++
 		}
 		if _, err := s.loaded.weights(q.request.adapter); err != nil {
 			failed[q] = err
