@@ -60,6 +60,7 @@ type Runner struct {
 	Engine        string        `mapstructure:"engine"`     // auto, own, llama
 	CacheType     string        `mapstructure:"cache_type"` // f16, q8_0
 	CacheTokens   int           `mapstructure:"cache_tokens"`
+	GPUWeights    string        `mapstructure:"gpu_weights"` // stored, bf16
 	Queue         int           `mapstructure:"queue"`
 	AdapterMemory string        `mapstructure:"adapter_memory"`
 }
@@ -356,6 +357,9 @@ func (c *Config) Validate() error {
 	}
 	if types := []string{"f16", "q8_0"}; !slices.Contains(types, c.Runner.CacheType) {
 		bad("runner.cache_type", fmt.Sprintf("%q", c.Runner.CacheType), "one of "+strings.Join(types, ", "))
+	}
+	if kinds := []string{"stored", "bf16"}; !slices.Contains(kinds, c.Runner.GPUWeights) {
+		bad("runner.gpu_weights", fmt.Sprintf("%q", c.Runner.GPUWeights), "one of "+strings.Join(kinds, ", "))
 	}
 	if _, err := parseBytes(c.Runner.AdapterMemory); err != nil {
 		bad("runner.adapter_memory", fmt.Sprintf("%q", c.Runner.AdapterMemory), "a size such as 256MiB")

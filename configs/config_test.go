@@ -12,7 +12,7 @@ import (
 )
 
 var defaultRunner = Runner{
-	IdleTimeout: 10 * time.Minute, Wait: time.Minute, HangTimeout: 2 * time.Minute, Engine: "auto", CacheType: "f16", AdapterMemory: "0",
+	IdleTimeout: 10 * time.Minute, Wait: time.Minute, HangTimeout: 2 * time.Minute, Engine: "auto", CacheType: "f16", GPUWeights: "stored", AdapterMemory: "0",
 }
 
 func TestDefaultHasEveryKey(t *testing.T) {

@@ -116,7 +116,7 @@ func (a *App) Start(ctx context.Context) (err error) {
 		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger,
 		Config: child.RunnerConfig{
 			ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads, Device: a.cfg.Device,
-			Engine: a.cfg.Runner.Engine, CacheTokens: a.cfg.Runner.CacheTokens, CacheType: a.cfg.Runner.CacheType,
+			Engine: a.cfg.Runner.Engine, CacheTokens: a.cfg.Runner.CacheTokens, CacheType: a.cfg.Runner.CacheType, GPUWeights: a.cfg.Runner.GPUWeights,
 			Queue: a.cfg.Runner.Queue, AdapterBytes: a.cfg.Runner.AdapterBytes(),
 		},
 		ContextTokens: a.cfg.ContextTokensOf(), ReadyTimeout: a.cfg.LoadTimeout, Wait: a.cfg.Runner.Wait,

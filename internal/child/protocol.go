@@ -28,6 +28,7 @@ type RunnerConfig struct {
 
 	CacheTokens  int    `json:"cache_tokens,omitempty"`  // cells of the key-value cache; 0: by Sequences and ContextTokens
 	CacheType    string `json:"cache_type,omitempty"`    // f16 ("" too), q8_0
+	GPUWeights   string `json:"gpu_weights,omitempty"`   // stored ("" too), bf16: a copy for the GPU, several times as large and faster
 	Engine       string `json:"engine,omitempty"`        // auto ("" too): hone's own where it can; own, llama
 	Queue        int    `json:"queue,omitempty"`         // requests that may wait; 0 means 256
 	AdapterBytes int64  `json:"adapter_bytes,omitempty"` // of idle adapters kept in memory; 0 means 256 MiB

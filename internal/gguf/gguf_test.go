@@ -159,9 +159,9 @@ func TestWriteThenOpen(t *testing.T) {
 		{"nothing", []string{}},
 	}
 	tensors := []TensorData{
-		{"a", []int64{3, 2}, F32, Float32Bytes([]float32{1, 2, 3, 4, 5, 6})},
-		{"b", []int64{32, 2}, Q4_1, bytes.Repeat([]byte{9}, 40)},
-		{"c", []int64{1}, F16, []byte{1, 2}},
+		{"a", []int64{3, 2}, F32, Float32Bytes([]float32{1, 2, 3, 4, 5, 6}), nil},
+		{"b", []int64{32, 2}, Q4_1, bytes.Repeat([]byte{9}, 40), nil},
+		{"c", []int64{1}, F16, []byte{1, 2}, nil},
 	}
 	path := filepath.Join(t.TempDir(), "a.gguf")
 	if err := WriteFile(path, metadata, tensors); err != nil {
@@ -234,7 +234,7 @@ func TestWriteThenOpen(t *testing.T) {
 
 func TestWriteRefuses(t *testing.T) {
 	t.Parallel()
-	one := []TensorData{{"a", []int64{4}, F32, make([]byte, 16)}}
+	one := []TensorData{{"a", []int64{4}, F32, make([]byte, 16), nil}}
 	for name, tt := range map[string]struct {
 		metadata []KeyValue
 		tensors  []TensorData
@@ -242,9 +242,9 @@ func TestWriteRefuses(t *testing.T) {
 	}{
 		"no type":       {[]KeyValue{{"a", struct{}{}}}, nil, "no GGUF type"},
 		"duplicate key": {[]KeyValue{{"a", "x"}, {"a", "y"}}, nil, "twice"},
-		"short data":    {nil, []TensorData{{"a", []int64{4}, F32, make([]byte, 12)}}, "takes 16"},
-		"long data":     {nil, []TensorData{{"a", []int64{4}, F32, make([]byte, 20)}}, "takes 16"},
-		"long name":     {nil, []TensorData{{strings.Repeat("a", 64), []int64{4}, F32, make([]byte, 16)}}, "64 bytes"},
+		"short data":    {nil, []TensorData{{"a", []int64{4}, F32, make([]byte, 12), nil}}, "takes 16"},
+		"long data":     {nil, []TensorData{{"a", []int64{4}, F32, make([]byte, 20), nil}}, "takes 16"},
+		"long name":     {nil, []TensorData{{strings.Repeat("a", 64), []int64{4}, F32, make([]byte, 16), nil}}, "64 bytes"},
 		"alignment":     {[]KeyValue{{alignmentKey, uint32(3)}}, one, "power of two"},
 	} {
 		var buf bytes.Buffer

@@ -52,7 +52,7 @@ func tinyTensors() []TensorData {
 		for _, d := range shape {
 			n *= d
 		}
-		out = append(out, TensorData{name, shape, F32, make([]byte, 4*n)})
+		out = append(out, TensorData{name, shape, F32, make([]byte, 4*n), nil})
 	}
 	add("token_embd.weight", tinyEmbd, tinyVocab)
 	for i := range tinyLayers {
@@ -262,8 +262,8 @@ func TestCheckAdapter(t *testing.T) {
 	}
 	tensors := func() []TensorData {
 		return []TensorData{
-			{"blk.0.attn_k.weight.lora_a", []int64{8, 2}, F32, make([]byte, 64)},
-			{"blk.0.attn_k.weight.lora_b", []int64{2, 4}, F32, make([]byte, 32)},
+			{"blk.0.attn_k.weight.lora_a", []int64{8, 2}, F32, make([]byte, 64), nil},
+			{"blk.0.attn_k.weight.lora_b", []int64{2, 4}, F32, make([]byte, 32), nil},
 		}
 	}
 	if err := CheckAdapter(writeTiny(t, metadata(), tensors()), base); err != nil {

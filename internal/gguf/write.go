@@ -22,6 +22,20 @@ type TensorData struct {
 	Shape []int64 // ggml order: Shape[0] is the row length
 	Type  Type
 	Data  []byte // encoded, exactly as long as Shape and Type say
+	// Stream, where Data is nil, writes it: a file may be larger than the memory.
+	Stream func(io.Writer) error
+}
+
+// bytes is the size of the tensor's data.
+func (t TensorData) bytes() int64 {
+	if t.Stream == nil || t.Data != nil {
+		return int64(len(t.Data))
+	}
+	n := int64(1)
+	for _, size := range t.Shape {
+		n *= size
+	}
+	return n / t.Type.BlockSize() * t.Type.TypeBytes()
 }
 
 // Write writes a GGUF file of version 3 with the default alignment of 32, or the one in a uint32 value of
@@ -60,7 +74,7 @@ func Write(w io.Writer, metadata []KeyValue, tensors []TensorData) error {
 		}
 		head = binary.LittleEndian.AppendUint32(head, uint32(t.Type))
 		head = binary.LittleEndian.AppendUint64(head, uint64(offset))
-		offset = pad(offset+int64(len(t.Data)), alignment)
+		offset = pad(offset+t.bytes(), alignment)
 	}
 	headEnd := int64(len(head))
 	head = append(head, make([]byte, pad(headEnd, alignment)-headEnd)...)
@@ -71,9 +85,9 @@ func Write(w io.Writer, metadata []KeyValue, tensors []TensorData) error {
 		return fmt.Errorf("write GGUF: %w", err)
 	}
 	for i, t := range tensors {
-		if want := f.Tensors[i].Bytes; int64(len(t.Data)) != want {
+		if want := f.Tensors[i].Bytes; t.bytes() != want {
 			return fmt.Errorf("write tensor %q: %d bytes of data, shape %v of %s takes %d",
-				t.Name, len(t.Data), t.Shape, t.Type, want)
+				t.Name, t.bytes(), t.Shape, t.Type, want)
 		}
 	}
 
@@ -82,10 +96,10 @@ func Write(w io.Writer, metadata []KeyValue, tensors []TensorData) error {
 		return fmt.Errorf("write GGUF header: %w", err)
 	}
 	for _, t := range tensors {
-		if _, err := out.Write(t.Data); err != nil {
+		n := t.bytes()
+		if err := t.write(out); err != nil {
 			return fmt.Errorf("write tensor %q: %w", t.Name, err)
 		}
-		n := int64(len(t.Data))
 		if _, err := out.Write(make([]byte, pad(n, alignment)-n)); err != nil {
 			return fmt.Errorf("write tensor %q: %w", t.Name, err)
 		}
@@ -94,6 +108,33 @@ func Write(w io.Writer, metadata []KeyValue, tensors []TensorData) error {
 		return fmt.Errorf("write GGUF: %w", err)
 	}
 	return nil
+}
+
+// write writes the data, which must be as long as bytes says.
+func (t TensorData) write(w io.Writer) error {
+	if t.Stream == nil || t.Data != nil {
+		_, err := w.Write(t.Data)
+		return err
+	}
+	counted := &counter{w: w}
+	if err := t.Stream(counted); err != nil {
+		return err
+	}
+	if counted.n != t.bytes() {
+		return fmt.Errorf("%d bytes were streamed, shape %v of %s takes %d", counted.n, t.Shape, t.Type, t.bytes())
+	}
+	return nil
+}
+
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
 }
 
 // WriteFile writes a GGUF file and fsyncs it. It replaces what is at path without any temporary name: the caller who

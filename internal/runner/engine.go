@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
@@ -20,6 +21,9 @@ const (
 	engineLlama = "llama"
 )
 
+// weightsBF16 is the GPUWeights that are copied; the others are as in the file.
+const weightsBF16 = "bf16"
+
 // load decides where and with which engine the model is computed, and loads it: vocabulary, decoder, scheduler.
 func (r *Runner) load(path string, o Options) error {
 	if o.Engine == "" {
@@ -28,10 +32,13 @@ func (r *Runner) load(path string, o Options) error {
 	if o.Engine != engineAuto && o.Engine != engineOwn && o.Engine != engineLlama {
 		return &child.Error{Code: child.CodeInvalidRequest, Param: "engine", Message: fmt.Sprintf("engine is %q, expected auto, own or llama", o.Engine)}
 	}
+	if o.GPUWeights != "" && o.GPUWeights != "stored" && o.GPUWeights != weightsBF16 {
+		return &child.Error{Code: child.CodeInvalidRequest, Param: "gpu_weights", Message: fmt.Sprintf("gpu_weights is %q, expected stored or bf16", o.GPUWeights)}
+	}
 	if o.CacheType != "" && o.CacheType != "f16" && o.CacheType != "q8_0" {
 		return &child.Error{Code: child.CodeInvalidRequest, Param: "cache_type", Message: fmt.Sprintf("cache_type is %q, expected f16 or q8_0", o.CacheType)}
 	}
-	gpu, err := placement(o.Device, r.base.Size, o.Logger)
+	gpu, err := placement(o.Device, weightBytes(r.base, o), o.Logger)
 	if err != nil {
 		return err
 	}
@@ -113,9 +120,17 @@ func (r *Runner) ownDecoder(o Options) (engine.Decoder, error) {
 func sequenceNumbers(o Options) int { return max(2*o.Sequences, min(64, o.CacheTokens/128)) }
 
 func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder, error) {
-	model := llama.ModelOptions{}
+	model, batch := llama.ModelOptions{}, batchTokens
 	if gpu {
-		model.GPULayers = llama.AllLayers
+		model.GPULayers, batch = llama.AllLayers, gpuBatchTokens
+	}
+	if gpu && o.GPUWeights == weightsBF16 {
+		copied, err := widened(r.base)
+		if err != nil {
+			return nil, err
+		}
+		defer os.Remove(copied) // its weights are in the GPU's memory then
+		path = copied
 	}
 	whole, err := llama.LoadModel(path, model)
 	if err != nil {
@@ -132,7 +147,7 @@ func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder,
 		sequences = 2 * o.Sequences
 	}
 	d, err := llama.NewDecoder(whole, llama.ContextOptions{
-		Tokens: o.CacheTokens, Sequences: sequences, BatchTokens: batchTokens, Threads: o.Threads, Attention: attention, CacheQ8: o.CacheType == "q8_0",
+		Tokens: o.CacheTokens, Sequences: sequences, BatchTokens: batch, MicroBatchTokens: batch, Threads: o.Threads, Attention: attention, CacheQ8: o.CacheType == "q8_0",
 	})
 	if err != nil {
 		return nil, fmt.Errorf("model %s: %w", path, err)
@@ -144,6 +159,9 @@ func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder,
 // requests wait longer.
 const batchTokens = 512
 
+// gpuBatchTokens is that of a GPU, which needs more to be busy: about 24 questions at once.
+const gpuBatchTokens = 2048
+
 // checkAdapter reads the file of an adapter before an engine does.
 func (r *Runner) checkAdapter(path string) error {
 	file, err := gguf.Open(path)
@@ -152,6 +170,18 @@ func (r *Runner) checkAdapter(path string) error {
 	}
 	defer file.Close()
 	return gguf.CheckAdapter(file, r.base)
+}
+
+// weightBytes is what the weights take in a GPU's memory.
+func weightBytes(f *gguf.File, o Options) int64 {
+	if o.GPUWeights != weightsBF16 {
+		return f.Size
+	}
+	var bytes int64
+	for _, t := range f.Tensors {
+		bytes += 2 * t.Elements()
+	}
+	return bytes
 }
 
 // placement decides whether a model of so many bytes is computed on a GPU. Its error is a *child.Error: the GPU that was

@@ -63,7 +63,7 @@ func Run(ctx context.Context, in io.Reader, out io.Writer, logger *slog.Logger) 
 	go func() {
 		r, err := New(Options{
 			ModelDir: config.ModelDir, ContextTokens: config.ContextTokens, Sequences: config.Sequences, Threads: config.Threads, Device: config.Device,
-			CacheTokens: config.CacheTokens, CacheType: config.CacheType, Engine: config.Engine, Queue: config.Queue, AdapterBytes: config.AdapterBytes, Logger: logger,
+			CacheTokens: config.CacheTokens, CacheType: config.CacheType, GPUWeights: config.GPUWeights, Engine: config.Engine, Queue: config.Queue, AdapterBytes: config.AdapterBytes, Logger: logger,
 		})
 		loading <- loaded{r, err}
 	}()

@@ -72,6 +72,7 @@ type Options struct {
 	Device        string       // cpu ("" too), cuda, or auto: a GPU if there is one and the model fits into it
 	CacheTokens   int          // cells of the key-value cache; 0: for a full context of every sequence, at most 16384 and one context
 	CacheType     string       // f16 ("" too), q8_0
+	GPUWeights    string       // stored ("" too), bf16
 	Engine        string       // auto ("" too): hone's own where it can; own, llama
 	Queue         int          // requests that may wait; 0 means 256
 	AdapterBytes  int64        // of idle adapters kept in memory; 0 means 256 MiB
