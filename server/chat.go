@@ -27,7 +27,7 @@ func (s *Server) chatCompletion(c *gin.Context) error {
 	}
 	order.id = newID("chatcmpl-")
 	return s.answer(c, req.Model, order, func(head answerHead) answer {
-		return &chatAnswer{answerHead: head, begun: make([]bool, order.n)}
+		return &chatAnswer{answerHead: head, n: order.n}
 	})
 }
 
@@ -97,7 +97,8 @@ func applyTemplate(req *wire.ChatCompletionRequest, generate *child.GenerateRequ
 type chatAnswer struct {
 	answerHead
 
-	begun []bool // by choice
+	n     int
+	begun bool
 }
 
 func (a *chatAnswer) whole(all collected) any {
@@ -117,8 +118,8 @@ func (a *chatAnswer) whole(all collected) any {
 	}
 }
 
-// chunks are those of one event: for a choice the role first of all, then reasoning, text and calls, then the reason for
-// its end; last of all the usage.
+// chunks are those of one event: the choices' role first of all, then reasoning, text and calls, then the reason for the
+// choice's end; last of all the usage.
 func (a *chatAnswer) chunks(event child.GenerateEvent) []any {
 	var chunks []any
 	add := func(choices ...wire.ChunkChoice) *wire.ChatCompletionChunk {
@@ -130,13 +131,16 @@ func (a *chatAnswer) chunks(event child.GenerateEvent) []any {
 		return chunk
 	}
 	deltas := deltasOf(event)
-	if !a.begun[event.Index] && (len(deltas) > 0 || event.FinishReason != "") {
-		a.begun[event.Index] = true
-		first := wire.ChatDelta{Role: "assistant", Content: wire.NewNullable("")}
-		if len(deltas) > 0 && len(deltas[0].ToolCalls) > 0 {
-			first.Content.Value = nil
+	if !a.begun {
+		// All choices begin at once and in order: the stream helper of OpenAI's Python client takes them in no other.
+		a.begun = true
+		for i := range a.n {
+			first := wire.ChatDelta{Role: "assistant", Content: wire.NewNullable("")}
+			if i == event.Index && len(deltas) > 0 && len(deltas[0].ToolCalls) > 0 {
+				first.Content.Value = nil
+			}
+			add(wire.ChunkChoice{Index: i, Delta: first})
 		}
-		add(wire.ChunkChoice{Index: event.Index, Delta: first})
 	}
 	logProbs := chatLogProbs(event.LogProbs)
 	for _, delta := range deltas {

@@ -186,8 +186,8 @@ func TestStreamBytes(t *testing.T) {
 				"data: [DONE]\n\n"},
 		{"two completions, interleaved", `"messages":[{"role":"user","content":"a b"}],"n":2`,
 			begin + `{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
-				begin + `{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
 				begin + `{"index":1,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
+				begin + `{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
 				begin + `{"index":1,"delta":{"content":"a'"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
 				begin + `{"index":0,"delta":{"content":" b"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
 				begin + `{"index":1,"delta":{"content":" b'"},"logprobs":null,"finish_reason":null}]}` + "\n\n" +
