@@ -384,3 +384,79 @@ func TestQueueIsBounded(t *testing.T) {
 		t.Error("after the queue was full, nothing was said")
 	}
 }
+
+// What the own engine does, llama.cpp does too, with one adapter a batch: completions beside each other, adapters in turns,
+// choices, scored prompts and embeddings, equal to the own engine's but for rounding.
+func TestLlamaEngine(t *testing.T) {
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 512, Sequences: 4, Threads: 2, Engine: engineLlama, CacheType: "q8_0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	own := sharedRunner(t)
+	adapters := []*child.Adapter{nil, {ID: "p", Path: randomAdapter(t, 41)}, {ID: "q", Path: randomAdapter(t, 42)}}
+	type result struct {
+		choices []float64
+		scored  answer
+		vectors child.EmbedResponse
+	}
+	run := func(r *Runner) []result {
+		results := make([]result, len(adapters))
+		var wg sync.WaitGroup
+		for i, a := range adapters {
+			wg.Go(func() {
+				req := child.GenerateRequest{Messages: chat("What is the capital of France?"), Constraint: choose("It is Paris.", "It is London.", "Rome"), Adapter: a, TopP: 1}
+				if err := r.Generate(t.Context(), req, func(e child.GenerateEvent) error {
+					results[i].choices = e.ChoiceProbabilities
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+			})
+			wg.Go(func() {
+				var err error
+				if results[i].scored, err = generate(t.Context(), r, child.GenerateRequest{Prompt: &series[3], MaxTokens: 4, Echo: true, LogProbs: true, Adapter: a}); err != nil {
+					t.Error(err)
+				}
+			})
+			wg.Go(func() {
+				var err error
+				if results[i].vectors, err = r.Embed(t.Context(), child.EmbedRequest{Inputs: []child.Input{{Text: question}, {Text: series[1]}}, Adapter: a}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		return results
+	}
+	got, want := run(r), run(own)
+	if t.Failed() {
+		return
+	}
+	for i := range adapters {
+		difference := 0.0
+		for j, p := range want[i].choices {
+			difference = max(difference, math.Abs(p-got[i].choices[j]))
+		}
+		cosine := 0.0
+		for j, x := range want[i].vectors.Vectors[1] {
+			cosine += float64(x) * float64(got[i].vectors.Vectors[1][j])
+		}
+		mean := 0.0
+		for j := 1; j < want[i].scored.Usage.PromptTokens; j++ {
+			mean += math.Abs(want[i].scored.LogProbs[j].LogProb-got[i].scored.LogProbs[j].LogProb) / float64(want[i].scored.Usage.PromptTokens-1)
+		}
+		t.Logf("adapter %d: choices differ by %.3f, embeddings have cosine %.5f, log-probabilities differ by %.3f on average", i, difference, cosine, mean)
+		// The rounding of activations to 8 bits and of the cache in another order; random adapters amplify it.
+		if difference > 0.3 || cosine < 0.95 || mean > 0.6 {
+			t.Errorf("adapter %d: the engines differ by more than rounding", i)
+		}
+	}
+	for _, a := range adapters[1:] {
+		r.UnloadAdapter(a.ID)
+		own.UnloadAdapter(a.ID)
+	}
+	if _, err := New(Options{ModelDir: modelDir(t), Engine: "other"}); err == nil {
+		t.Error("an unknown engine was taken")
+	}
+}

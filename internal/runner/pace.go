@@ -5,9 +5,11 @@ import "time"
 const (
 	// maxSlowdown is how much longer the time between two tokens of a running stream may become while prompts are computed
 	// beside it. The bound that hone promises is 3; the difference is for what the measurement cannot foresee.
-	maxSlowdown = 2.5
+	maxSlowdown = 2.3
 	// leastChunk is the fewest tokens of prompts in a batch, so that they end in any case.
-	leastChunk = 1
+	leastChunk = 2
+	// refreshSteps is how often a batch has no prompt, to measure again what one costs: the machine's load changes.
+	refreshSteps = 8
 	// firstChunk is taken while nothing has been measured yet.
 	firstChunk = 16
 	// paceWeight is the weight of the newest measurement in the running means.
@@ -18,6 +20,7 @@ const (
 type pace struct {
 	decode []float64 // seconds of a batch of so many next tokens alone; 0: not measured
 	token  float64   // seconds that a prompt token adds to a batch with next tokens; 0: not measured
+	mixed  int       // batches with both since one with next tokens alone
 }
 
 // observe takes the time of a batch with the next tokens of so many streams and so many tokens of prompts.
@@ -31,7 +34,9 @@ func (p *pace) observe(streams, prompt int, took time.Duration) {
 			p.decode = append(p.decode, 0)
 		}
 		mean(&p.decode[streams], seconds)
+		p.mixed = 0
 	default:
+		p.mixed++
 		if alone := p.alone(streams); alone > 0 {
 			mean(&p.token, max(seconds-alone, 0.01*alone)/float64(prompt))
 		}
@@ -53,6 +58,9 @@ func (p *pace) alone(streams int) float64 {
 
 // chunk is how many prompt tokens a batch may have beside the next tokens of so many streams.
 func (p *pace) chunk(streams int) int {
+	if p.mixed >= refreshSteps {
+		return 0
+	}
 	alone := p.alone(streams)
 	if alone == 0 || p.token == 0 {
 		return firstChunk

@@ -23,10 +23,7 @@ const (
 	outputBytes = 64 << 20
 )
 
-var (
-	errNoToken = errors.New("the constraint allows no token of the model's vocabulary")
-	errQueue   = errors.New("the queue is full")
-)
+var errNoToken = errors.New("the constraint allows no token of the model's vocabulary")
 
 // scheduler owns the decoder; only the goroutine of run touches what is not guarded by mu.
 type scheduler struct {
