@@ -60,3 +60,53 @@ func BenchmarkMultipleChoice(b *testing.B) {
 	b.ReportMetric(float64(status.PromptTokens)/float64(b.N), "prompt-tokens")
 	b.ReportMetric(float64(status.ReusedTokens)/float64(b.N), "reused-tokens")
 }
+
+// BenchmarkStart loads the model and generates one token: a process start to its first token, without the process.
+func BenchmarkStart(b *testing.B) {
+	dir := modelDir(b)
+	for b.Loop() {
+		r, err := New(Options{ModelDir: dir, Engine: os.Getenv("HONE_BENCH_ENGINE")})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := r.Generate(b.Context(), child.GenerateRequest{Messages: chat("Hello"), MaxTokens: 1, TopP: 1}, func(child.GenerateEvent) error { return nil }); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		r.Close()
+		b.StartTimer()
+	}
+}
+
+// BenchmarkStreams has eight streams of 64 tokens at a time, and says how much of the time was not the decoder's.
+func BenchmarkStreams(b *testing.B) {
+	r, err := New(Options{ModelDir: modelDir(b), ContextTokens: 512, Engine: os.Getenv("HONE_BENCH_ENGINE")})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	tokens := 0
+	before, err := r.Status(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		var wg sync.WaitGroup
+		for i := range 8 {
+			wg.Go(func() {
+				req := child.GenerateRequest{Prompt: &open[i], MaxTokens: 64, IgnoreEOS: true, TopP: 1}
+				if err := r.Generate(b.Context(), req, func(child.GenerateEvent) error { return nil }); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		tokens += 8 * 64
+	}
+	after, err := r.Status(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(float64(tokens)/b.Elapsed().Seconds(), "tokens/s")
+	b.ReportMetric(100*(1-(after.ComputeSeconds-before.ComputeSeconds)/b.Elapsed().Seconds()), "%outside")
+}

@@ -50,7 +50,9 @@ func (r *Runner) embed(ctx context.Context, req child.EmbedRequest) (response ch
 		q := newSequence(request, tokens, e)
 		q.from, q.want, q.shared = 0, engine.WantState, false
 		sequences, embeddings = append(sequences, q), append(embeddings, e)
-		response.PromptTokens += len(tokens)
+		if response.PromptTokens += len(tokens); response.PromptTokens > maxInputTokens {
+			return refuse("has more than %d tokens in all; send it in parts", maxInputTokens)
+		}
 	}
 	if req.Adapter != nil {
 		if req.Adapter.ID == "" || req.Adapter.Path == "" {

@@ -58,6 +58,7 @@ const (
 	maxChoices           = 1000
 	maxCompletions       = 8
 	maxInputs            = 2048
+	maxInputTokens       = 300_000 // as OpenAI
 )
 
 // ErrStopping is the cause with which Close ends requests.
@@ -179,6 +180,7 @@ type Status struct {
 	Completions     int64    `json:"completions"`      // sequences that ended, in whatever way
 	Generated       int64    `json:"generated"`        // tokens sampled
 	Decodes         int64    `json:"decodes"`          // batches
+	ComputeSeconds  float64  `json:"compute_seconds"`  // that these took in the decoder
 	Displaced       int64    `json:"displaced"`        // times that a running sequence had to wait because the cache was full
 }
 

@@ -599,10 +599,12 @@ func (s *scheduler) decode() bool {
 	}
 	began := time.Now()
 	err := s.compute(parts, batch, prompt > 0)
+	took := time.Since(began)
 	s.counters.Decodes++
+	s.counters.ComputeSeconds += took.Seconds()
 	switch {
 	case err == nil:
-		s.pace.observe(streams, prompt, time.Since(began))
+		s.pace.observe(streams, prompt, took)
 	case errors.Is(err, engine.ErrNoRoom) && s.makeRoom():
 		return true
 	default:
