@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 const (
@@ -28,19 +29,62 @@ func blobPath(digest string) (string, error) {
 	return path.Join(blobDir, digest[:2], digest), nil
 }
 
-// staged is a blob that is complete and synced under a temporary name.
-type staged struct {
+// Staged is content that is complete and synced under a temporary name, and belongs to no file yet.
+type Staged struct {
 	temp   string
 	digest string
 	bytes  int64
 }
 
+// Bytes is the length of the content.
+func (b *Staged) Bytes() int64 { return b.bytes }
+
+// Stage copies what r has until its end into a temporary file, hashing it on the way. AddFile and AddPart give it its name;
+// the caller calls Discard if it comes to neither. An error of r is returned wrapped, and nothing is left.
+func (s *Store) Stage(ctx context.Context, r io.Reader) (*Staged, error) {
+	blob, err := s.stage(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	return &blob, nil
+}
+
+// Discard removes what was staged, unless it has become a blob meanwhile.
+func (s *Store) Discard(b *Staged) error { return s.removeTemp(b.temp) }
+
+// reservedBytes is what uploads leave free for the database and for jobs.
+const reservedBytes = 64 << 20
+
+// SpaceError says that the data directory's file system has no room for content.
+type SpaceError struct {
+	Dir        string
+	Need, Free int64 // bytes; Free without the reserve
+}
+
+func (e *SpaceError) Error() string {
+	return fmt.Sprintf("%d bytes are needed in %s and %d are free: free some space, or delete files, jobs or models that are not needed", e.Need, e.Dir, e.Free)
+}
+
+// CheckSpace returns a *SpaceError if so many bytes more would not fit into the data directory.
+func (s *Store) CheckSpace(bytes int64) error {
+	var stat syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &stat); err != nil {
+		return fmt.Errorf("free space of %s: %w", s.dir, err)
+	}
+	//nolint:gosec // file systems are smaller than 2^63 bytes
+	free := max(int64(stat.Bavail)*int64(stat.Bsize)-reservedBytes, 0)
+	if bytes > free {
+		return &SpaceError{Dir: s.dir, Need: bytes, Free: free}
+	}
+	return nil
+}
+
 // stage copies r into a temporary file, hashing it on the way. On error nothing is left.
-func (s *Store) stage(ctx context.Context, r io.Reader) (_ staged, err error) {
+func (s *Store) stage(ctx context.Context, r io.Reader) (_ Staged, err error) {
 	temp := path.Join(tempDir, NewID("", idLength))
 	file, err := s.root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return staged{}, fmt.Errorf("create blob: %w", err)
+		return Staged{}, fmt.Errorf("create blob: %w", err)
 	}
 	defer func() {
 		err = errors.Join(err, file.Close())
@@ -51,16 +95,16 @@ func (s *Store) stage(ctx context.Context, r io.Reader) (_ staged, err error) {
 	hash := sha256.New()
 	n, err := io.Copy(io.MultiWriter(file, hash), &contextReader{ctx: ctx, r: r})
 	if err != nil {
-		return staged{}, fmt.Errorf("write blob: %w", err)
+		return Staged{}, fmt.Errorf("write blob: %w", err)
 	}
 	if err := file.Sync(); err != nil {
-		return staged{}, fmt.Errorf("sync blob: %w", err)
+		return Staged{}, fmt.Errorf("sync blob: %w", err)
 	}
-	return staged{temp: temp, digest: hex.EncodeToString(hash.Sum(nil)), bytes: n}, nil
+	return Staged{temp: temp, digest: hex.EncodeToString(hash.Sum(nil)), bytes: n}, nil
 }
 
 // publish gives a staged blob its name. The caller holds s.blobs.
-func (s *Store) publish(b staged) error {
+func (s *Store) publish(b Staged) error {
 	name, err := blobPath(b.digest)
 	if err != nil {
 		return err
@@ -148,6 +192,43 @@ func (s *Store) sweep(ctx context.Context) error {
 		s.logger.Info("removed a blob without a file", "sha256", entry.Name())
 		return s.root.Remove(name)
 	})
+}
+
+// knownBlobs are the digests that rows name.
+func (s *Store) knownBlobs(ctx context.Context) (map[string]bool, error) {
+	rows, err := s.reader.QueryContext(ctx, `SELECT sha256 FROM files UNION SELECT sha256 FROM upload_parts`)
+	if err != nil {
+		return nil, err
+	}
+	digests, err := collect(rows, scanString)
+	known := make(map[string]bool, len(digests))
+	for _, digest := range digests {
+		known[digest] = true
+	}
+	return known, err
+}
+
+// dropBlobs removes those of the blobs that no row names. The caller holds s.blobs and has removed rows in a transaction that
+// is on disk.
+func (s *Store) dropBlobs(ctx context.Context, digests ...string) error {
+	for _, digest := range digests {
+		var rows int
+		err := s.writer.QueryRowContext(ctx, `SELECT (SELECT count(*) FROM files WHERE sha256 = ?1) + (SELECT count(*) FROM upload_parts WHERE sha256 = ?1)`, digest).Scan(&rows)
+		if err != nil {
+			return err
+		}
+		if rows > 0 {
+			continue
+		}
+		name, err := blobPath(digest)
+		if err == nil {
+			err = s.root.Remove(name)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // contextReader ends a copy when its context ends: a reader of a file does not know of it.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"time"
 )
 
 // File is an uploaded or produced file. Its content is the blob with digest SHA256.
@@ -17,12 +18,16 @@ type File struct {
 	Purpose   string // fine-tune, fine-tune-results, ...
 	Bytes     int64
 	SHA256    string // hex
+	ExpiresAt int64  // Unix seconds; 0: never
 }
 
-// FileInUseError says that a file cannot be deleted because an unfinished job reads it.
-type FileInUseError struct{ FileID, JobID string }
+// FileInUseError says that a file cannot be deleted because an unfinished job or batch reads it.
+type FileInUseError struct{ FileID, JobID, BatchID string }
 
 func (e *FileInUseError) Error() string {
+	if e.BatchID != "" {
+		return fmt.Sprintf("file %s is used by batch %s; cancel the batch first", e.FileID, e.BatchID)
+	}
 	return fmt.Sprintf("file %s is used by fine-tuning job %s; cancel the job first", e.FileID, e.JobID)
 }
 
@@ -33,20 +38,38 @@ func (s *Store) CreateFile(ctx context.Context, filename, purpose string, r io.R
 	if err != nil {
 		return File{}, fmt.Errorf("create file %q: %w", filename, err)
 	}
-	file := File{
-		ID: NewID("file-", idLength), CreatedAt: s.now().Unix(), Filename: filename, Purpose: purpose,
-		Bytes: blob.bytes, SHA256: blob.digest,
-	}
+	return s.AddFile(ctx, &blob, NewFile{Filename: filename, Purpose: purpose})
+}
+
+// NewFile is what AddFile is told of a file.
+type NewFile struct {
+	Filename string
+	Purpose  string
+	Lifetime time.Duration // after which Expire deletes the file; 0: never
+}
+
+// AddFile makes a file of staged content, which is gone if that fails.
+func (s *Store) AddFile(ctx context.Context, blob *Staged, f NewFile) (File, error) {
+	file := s.newFile(blob, f)
 	s.blobs.Lock()
 	defer s.blobs.Unlock()
-	if err := s.publish(blob); err != nil {
-		return File{}, errors.Join(fmt.Errorf("create file %q: %w", filename, err), s.removeTemp(blob.temp))
+	err := s.publish(*blob)
+	if err == nil {
+		err = s.write(ctx, func(tx *sql.Tx) error { return insertFile(ctx, tx, file) })
 	}
-	err = s.write(ctx, func(tx *sql.Tx) error { return insertFile(ctx, tx, file) })
 	if err != nil {
-		return File{}, fmt.Errorf("create file %q: %w", filename, err)
+		return File{}, errors.Join(fmt.Errorf("create file %q: %w", f.Filename, err), s.removeTemp(blob.temp))
 	}
 	return file, nil
+}
+
+func (s *Store) newFile(blob *Staged, f NewFile) File {
+	now := s.now()
+	file := File{ID: NewID("file-", idLength), CreatedAt: now.Unix(), Filename: f.Filename, Purpose: f.Purpose, Bytes: blob.bytes, SHA256: blob.digest}
+	if f.Lifetime > 0 {
+		file.ExpiresAt = now.Add(f.Lifetime).Unix()
+	}
+	return file
 }
 
 // removeTemp removes a temporary file that may have been renamed already; "" is none.
@@ -62,16 +85,16 @@ func (s *Store) removeTemp(temp string) error {
 
 func insertFile(ctx context.Context, tx *sql.Tx, f File) error {
 	_, err := tx.ExecContext(ctx,
-		`INSERT INTO files (id, created_at, filename, purpose, bytes, sha256) VALUES (?, ?, ?, ?, ?, ?)`,
-		f.ID, f.CreatedAt, f.Filename, f.Purpose, f.Bytes, f.SHA256)
+		`INSERT INTO files (`+fileColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?)`,
+		f.ID, f.CreatedAt, f.Filename, f.Purpose, f.Bytes, f.SHA256, f.ExpiresAt)
 	return err
 }
 
-const fileColumns = `id, created_at, filename, purpose, bytes, sha256`
+const fileColumns = `id, created_at, filename, purpose, bytes, sha256, expires_at`
 
 func scanFile(row interface{ Scan(...any) error }) (File, error) {
 	var f File
-	err := row.Scan(&f.ID, &f.CreatedAt, &f.Filename, &f.Purpose, &f.Bytes, &f.SHA256)
+	err := row.Scan(&f.ID, &f.CreatedAt, &f.Filename, &f.Purpose, &f.Bytes, &f.SHA256, &f.ExpiresAt)
 	return f, err
 }
 
@@ -140,13 +163,12 @@ func (s *Store) Files(ctx context.Context, q FileQuery) (files []File, more bool
 	return files, more, nil
 }
 
-// DeleteFile removes a file, and its blob if no other file has the same content. It returns ErrNotFound, and
-// *FileInUseError while an unfinished job reads the file.
+// DeleteFile removes a file, and its blob if nothing else has the same content. It returns ErrNotFound, and
+// *FileInUseError while an unfinished job or batch reads the file.
 func (s *Store) DeleteFile(ctx context.Context, id string) error {
 	s.blobs.Lock()
 	defer s.blobs.Unlock()
 	var digest string
-	var others int
 	err := s.write(ctx, func(tx *sql.Tx) error {
 		err := tx.QueryRowContext(ctx, `SELECT sha256 FROM files WHERE id = ?`, id).Scan(&digest)
 		if errors.Is(err, sql.ErrNoRows) {
@@ -155,51 +177,65 @@ func (s *Store) DeleteFile(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		var job string
-		err = tx.QueryRowContext(ctx, `SELECT id FROM jobs WHERE (training_file = ? OR validation_file = ?)
-			AND status NOT IN ('succeeded', 'failed', 'cancelled') LIMIT 1`, id, id).Scan(&job)
-		if err == nil {
-			return &FileInUseError{FileID: id, JobID: job}
-		}
-		if !errors.Is(err, sql.ErrNoRows) {
+		if err := unused(ctx, tx, id); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM files WHERE id = ?`, id); err != nil {
-			return err
-		}
-		return tx.QueryRowContext(ctx, `SELECT count(*) FROM files WHERE sha256 = ?`, digest).Scan(&others)
+		_, err = tx.ExecContext(ctx, `DELETE FROM files WHERE id = ?`, id)
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("delete file %q: %w", id, err)
 	}
-	if others > 0 {
-		return nil
-	}
-	name, err := blobPath(digest)
-	if err == nil {
-		err = s.root.Remove(name)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := s.dropBlobs(ctx, digest); err != nil {
 		return fmt.Errorf("delete content of file %q: %w", id, err)
 	}
 	return nil
 }
 
-func (s *Store) knownBlobs(ctx context.Context) (map[string]bool, error) {
-	rows, err := s.reader.QueryContext(ctx, `SELECT DISTINCT sha256 FROM files`)
+// unused returns a *FileInUseError if an unfinished job or batch reads the file.
+func unused(ctx context.Context, tx *sql.Tx, id string) error {
+	inUse := &FileInUseError{FileID: id}
+	err := tx.QueryRowContext(ctx, `SELECT id FROM jobs WHERE (training_file = ?1 OR validation_file = ?1)
+		AND status NOT IN ('succeeded', 'failed', 'cancelled') LIMIT 1`, id).Scan(&inUse.JobID)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = tx.QueryRowContext(ctx, `SELECT id FROM batches WHERE input_file = ? AND status IN `+unfinishedBatch+` LIMIT 1`, id).Scan(&inUse.BatchID)
+	}
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return nil
+	case err != nil:
+		return err
+	}
+	return inUse
+}
+
+// Expire deletes the files and ends the uploads whose time has come. A file that an unfinished job or batch reads stays until
+// that has ended.
+func (s *Store) Expire(ctx context.Context) error {
+	rows, err := s.reader.QueryContext(ctx, `SELECT id FROM files WHERE expires_at > 0 AND expires_at <= ?`, s.now().Unix())
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("expired files: %w", err)
 	}
-	digests, err := collect(rows, func(row interface{ Scan(...any) error }) (string, error) {
-		var digest string
-		err := row.Scan(&digest)
-		return digest, err
-	})
-	known := make(map[string]bool, len(digests))
-	for _, digest := range digests {
-		known[digest] = true
+	ids, err := collect(rows, scanString)
+	if err != nil {
+		return fmt.Errorf("expired files: %w", err)
 	}
-	return known, err
+	for _, id := range ids {
+		err := s.DeleteFile(ctx, id)
+		switch inUse := new(FileInUseError); {
+		case err == nil:
+			s.logger.Info("deleted an expired file", "file_id", id)
+		case errors.As(err, &inUse), errors.Is(err, ErrNotFound):
+		default:
+			return err
+		}
+	}
+	return s.expireUploads(ctx)
+}
+
+func scanString(row interface{ Scan(...any) error }) (text string, err error) {
+	err = row.Scan(&text)
+	return text, err
 }
 
 // collect scans all rows and closes them.

@@ -255,10 +255,7 @@ func (s *Store) updateJob(ctx context.Context, u JobUpdate) (job Job, err error)
 		if err != nil {
 			return Job{}, errors.Join(fmt.Errorf("result file %q: %w", result.Filename, err), s.removeTemp(blob.temp))
 		}
-		files = append(files, File{
-			ID: NewID("file-", idLength), CreatedAt: s.now().Unix(), Filename: result.Filename, Purpose: result.Purpose,
-			Bytes: blob.bytes, SHA256: blob.digest,
-		})
+		files = append(files, s.newFile(&blob, NewFile{Filename: result.Filename, Purpose: result.Purpose}))
 	}
 	err = s.write(ctx, func(tx *sql.Tx) error {
 		job, err = scanJob(tx.QueryRowContext(ctx, `SELECT `+jobColumns+` FROM jobs WHERE id = ?`, u.ID))

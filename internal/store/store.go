@@ -98,6 +98,9 @@ func Open(ctx context.Context, dir string, opts Options) (_ *Store, err error) {
 	if err := s.sweep(ctx); err != nil {
 		return nil, fmt.Errorf("clean up %s: %w", dir, err)
 	}
+	if err := s.Expire(ctx); err != nil {
+		return nil, fmt.Errorf("clean up %s: %w", dir, err)
+	}
 	return s, nil
 }
 
