@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -393,4 +394,60 @@ func openFile(t testing.TB, path string) *gguf.File {
 	}
 	t.Cleanup(func() { file.Close() })
 	return file
+}
+
+// TestServerAgreesWithLlama: on a text, the best token is that of llama.cpp wherever the two best are farther apart than
+// both engines' roundings, which are those of activations to int8 in both.
+func TestServerAgreesWithLlama(t *testing.T) {
+	path := modeltest.Path(t)
+	llama.Open(llama.Options{})
+	m, err := llama.LoadModel(path, llama.ModelOptions{VocabularyOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	text, err := os.ReadFile("../../ARCHITECTURE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens, err := m.Tokenize(string(text[:3000]), true, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens = tokens[:min(len(tokens), 500)]
+	exact, other := trainerLogits(t, path, tokens), llamaLogits(t, path, tokens)
+	s := newServer(t, path, graph.ServerOptions{Threads: 2, Sequences: 1, CacheTokens: 512})
+	own := decode(t, s, engine.Part{Tokens: tokens, Want: engine.WantAll})[0]
+	var distances [3]float64
+	differ, worst, bound := 0, 0.0, 0.0
+	for i := range tokens {
+		distances[0] += distance(own[i], exact[i]) / float64(len(tokens))
+		distances[1] += distance(other[i], exact[i]) / float64(len(tokens))
+		distances[2] += distance(own[i], other[i]) / float64(len(tokens))
+		for j := range own[i] {
+			bound = max(bound, math.Abs(float64(own[i][j]-other[i][j])))
+		}
+		if a, b := best(own[i]), best(other[i]); a != b {
+			differ++
+			worst = max(worst, float64(other[i][b]-other[i][a]))
+		}
+	}
+	t.Logf("relative distances: own to exact %.3g, llama.cpp to exact %.3g, own to llama.cpp %.3g", distances[0], distances[1], distances[2])
+	t.Logf("%d of %d best tokens differ, at gaps of at most %.3g; logits differ by at most %.3g", differ, len(tokens), worst, bound)
+	if distances[0] > 1.2*distances[1] {
+		t.Errorf("the distance to exact weights is %g, llama.cpp's %g", distances[0], distances[1])
+	}
+	if worst > 1 || differ > len(tokens)/20 {
+		t.Errorf("%d best tokens differ, at gaps up to %g", differ, worst)
+	}
+}
+
+func best(logits []float32) int {
+	b := 0
+	for i, v := range logits {
+		if v > logits[b] {
+			b = i
+		}
+	}
+	return b
 }
