@@ -173,3 +173,76 @@ func BenchmarkServerProfile(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkServerAdapters reports what 16 tokens of 16 sequences over 8 adapters take, as a part of what they take with the base
+// alone; and the same of 16 prompts of 30 tokens.
+func BenchmarkServerAdapters(b *testing.B) {
+	path := modeltest.Path(b)
+	m := load(b, path, graph.ExactLayout())
+	for _, c := range []struct {
+		name    string
+		modules []graph.Module
+		tokens  int
+	}{{"decode-all", graph.AllLinear, 1}, {"decode-qv", []graph.Module{graph.Query, graph.Value}, 1}, {"prefill-all", graph.AllLinear, 30}} {
+		b.Run(c.name, func(b *testing.B) {
+			s := newServer(b, path, graph.ServerOptions{Threads: 1, Sequences: 16, CacheTokens: 4096})
+			var base, adapted []engine.Part
+			var adapters []engine.Adapter
+			for i := range 8 {
+				_, file := writeAdapter(b, m, openFile(b, path), uint64(i), 0.01, graph.LoRAOptions{Rank: 8, Alpha: 16, Modules: c.modules})
+				a, err := s.LoadAdapter(file)
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer a.Close()
+				adapters = append(adapters, a)
+			}
+			for i := range engine.Sequence(16) {
+				p := engine.Part{Sequence: i, Position: 100, Tokens: randomTokens(uint64(i), 40000, c.tokens), Want: engine.WantLast}
+				if err := s.Decode([]engine.Part{{Sequence: i, Tokens: randomTokens(1, 40000, 100)}}); err != nil {
+					b.Fatal(err)
+				}
+				base = append(base, p)
+				p.Adapter = adapters[i%8]
+				adapted = append(adapted, p)
+			}
+			var best [2]time.Duration
+			for b.Loop() {
+				for i, parts := range [][]engine.Part{base, adapted} {
+					for _, p := range parts {
+						s.Truncate(p.Sequence, p.Position)
+					}
+					costs, err := s.Profile(parts) // of one thread: processor time
+					if err != nil {
+						b.Fatal(err)
+					}
+					var sum time.Duration
+					for _, cost := range costs {
+						sum += cost.Time
+					}
+					if best[i] == 0 || sum < best[i] {
+						best[i] = sum
+					}
+				}
+			}
+			b.ReportMetric(best[1].Seconds()/best[0].Seconds(), "adapted/base")
+		})
+	}
+}
+
+// BenchmarkServerLoad is the time to load the default model and to compute a first token.
+func BenchmarkServerLoad(b *testing.B) {
+	path := modeltest.Path(b)
+	bytes, err := graph.ServerBytes(openFile(b, path), graph.ServerOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		s := newServer(b, path, graph.ServerOptions{})
+		if err := s.Decode([]engine.Part{{Tokens: []engine.Token{1}, Want: engine.WantLast}}); err != nil {
+			b.Fatal(err)
+		}
+		s.Close()
+	}
+	b.Logf("%+v", bytes)
+}
