@@ -4,8 +4,11 @@ call for structured output and a streamed one. Exits with 1 at the first answer 
     python frameworks.py http://127.0.0.1:8080/v1
 """
 
-import enum
+import os
 import sys
+import typing
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network for prices
 
 import instructor
 import litellm
@@ -18,11 +21,6 @@ STORY = [{"role": "user", "content": "Tell me about rivers."}]
 PERSON = [{"role": "user", "content": "Anna is 31 years old and likes tea. Extract the person."}]
 
 
-class Drink(enum.Enum):
-    tea = "tea"
-    coffee = "coffee"
-
-
 class Person(pydantic.BaseModel):
     """A person."""
 
@@ -30,7 +28,7 @@ class Person(pydantic.BaseModel):
 
     name: str = pydantic.Field(max_length=20)
     age: int = pydantic.Field(ge=0, le=150)
-    likes: Drink
+    likes: typing.Literal["tea", "coffee"]
 
 
 def expect(what, holds, got=""):
