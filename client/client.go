@@ -156,6 +156,18 @@ func (c *Client) CancelJob(ctx context.Context, id string) (FineTuningJob, error
 	return job, c.do(ctx, http.MethodPost, "/fine_tuning/jobs/"+url.PathEscape(id)+"/cancel", nil, &job)
 }
 
+// PauseJob lets a job wait, also a running one, which saves its state before; it returns the job.
+func (c *Client) PauseJob(ctx context.Context, id string) (FineTuningJob, error) {
+	var job FineTuningJob
+	return job, c.do(ctx, http.MethodPost, "/fine_tuning/jobs/"+url.PathEscape(id)+"/pause", nil, &job)
+}
+
+// ResumeJob lets a paused job go on and returns it.
+func (c *Client) ResumeJob(ctx context.Context, id string) (FineTuningJob, error) {
+	var job FineTuningJob
+	return job, c.do(ctx, http.MethodPost, "/fine_tuning/jobs/"+url.PathEscape(id)+"/resume", nil, &job)
+}
+
 // Events returns up to limit lines of a job's log, newest first, that come after the event of id after, and whether
 // there are more.
 func (c *Client) Events(ctx context.Context, jobID, after string, limit int) ([]FineTuningJobEvent, bool, error) {

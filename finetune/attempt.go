@@ -11,6 +11,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
@@ -21,10 +22,8 @@ var (
 	errWrite = errors.New("the job's state cannot be written")
 )
 
-// idlePoll is how often the dispatcher looks for leases that have expired without anybody waking it.
-const idlePoll = 5 * time.Second
-
-// dispatch runs jobs, one at a time, until the context ends.
+// dispatch runs jobs, one at a time, until the context ends. With nothing to do, it looks at every heartbeat for leases that
+// have expired, and for room on the disk, which nobody wakes it for.
 func (j *Jobs) dispatch(ctx context.Context) {
 	for ctx.Err() == nil {
 		row, err := j.queue.Claim(ctx, j.owner, 4*j.opts.Heartbeat, j.claimed)
@@ -32,10 +31,13 @@ func (j *Jobs) dispatch(ctx context.Context) {
 		case err == nil:
 			j.run(ctx, row)
 		case errors.Is(err, store.ErrNotFound):
+			if j.resumeForSpace(ctx) {
+				continue
+			}
 			select {
 			case <-ctx.Done():
 			case <-j.wakeDispatch:
-			case <-time.After(idlePoll):
+			case <-time.After(j.opts.Heartbeat):
 			}
 		case ctx.Err() == nil:
 			j.opts.Logger.Error("claim a job", "error", err)
@@ -61,9 +63,12 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 	logger := j.opts.Logger.With("job_id", row.ID, "attempt", row.Attempt)
 	ctx, working := j.begin(ctx, row.ID)
 	defer j.end(row.ID, working)
-	// A cancellation before begin found nobody to tell, so look once more.
+	defer j.setAsideIfPaused(ctx, row)
+	// A cancellation or a pause before begin found nobody to tell, so look once more.
 	now, err := j.opts.Store.Job(context.WithoutCancel(ctx), row.ID)
-	if err == nil && now.Attempt == row.Attempt && !Status(now.Status).Final() {
+	if err == nil && now.Attempt == row.Attempt && Status(now.Status) == Running && now.Paused != "" {
+		err = ErrPaused
+	} else if err == nil && now.Attempt == row.Attempt && !Status(now.Status).Final() {
 		beats := make(chan struct{})
 		beatCtx, stopBeats := context.WithCancel(ctx)
 		go func() {
@@ -85,6 +90,7 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 	if err != nil && ctx.Err() != nil && !errors.As(err, &reason) && !errors.Is(err, store.ErrStale) {
 		err = context.Cause(ctx) // whatever it led to
 	}
+	var space *spaceError
 	switch {
 	case err == nil:
 		j.clear(row.ID)
@@ -95,7 +101,11 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 		}
 		j.clear(row.ID)
 	case errors.Is(err, ErrStopping):
-		j.pause(last, row)
+		j.interrupt(last, row)
+	case errors.Is(err, ErrPaused):
+		j.setAside(ctx, row, PausedByRequest, nil)
+	case errors.As(err, &space), durable.DiskFull(err):
+		j.setAside(ctx, row, PausedForSpace, err)
 	case errors.Is(err, ErrCancelled), errors.Is(err, store.ErrStale), errors.Is(err, errLeaseLost):
 		j.lost(last, row.ID)
 	default:
@@ -103,8 +113,8 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 	}
 }
 
-// pause leaves a running job for the next start.
-func (j *Jobs) pause(ctx context.Context, row store.Job) {
+// interrupt leaves a running job for the next start.
+func (j *Jobs) interrupt(ctx context.Context, row store.Job) {
 	_, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Events: []store.Event{
 		message("info", "Fine-tuning job paused: the server is stopping; the job goes on when it starts again"),
 	}})
@@ -112,7 +122,7 @@ func (j *Jobs) pause(ctx context.Context, row store.Job) {
 		err = j.queue.Release(ctx, row.ID, j.owner, row.Attempt)
 	}
 	if err != nil && !errors.Is(err, store.ErrStale) {
-		j.opts.Logger.Error("pause a job", "job_id", row.ID, "error", err) // the next start reclaims it all the same
+		j.opts.Logger.Error("interrupt a job", "job_id", row.ID, "error", err) // the next start reclaims it all the same
 	}
 }
 
@@ -189,12 +199,15 @@ func (j *Jobs) heartbeats(ctx context.Context, working *run, row store.Job) {
 	}
 }
 
-// attempt runs a trainer to its end. It returns nil for a job that has succeeded, *JobError for one that cannot, the
-// context's cause if that ended it, store.ErrStale if the job is no longer this attempt's, and any other error for an accident.
+// attempt runs a trainer to its end. It returns nil for a job that has succeeded, *JobError for one that cannot, *spaceError for
+// one that needs room on the disk, the context's cause if that ended it, store.ErrStale if the job is no longer this attempt's, and any other error for an accident.
 func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
 	// A server killed between the last two steps of an earlier attempt has left only the last to do.
 	if _, err := j.opts.Adapters.Lookup(row.AdapterName); err == nil {
 		return j.succeed(context.WithoutCancel(ctx), row, "")
+	}
+	if err := j.checkSpace(row); err != nil {
+		return err
 	}
 	config, err := j.config(ctx, row)
 	if err != nil {
@@ -211,10 +224,11 @@ func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
 	ended := trainer.Wait()
 
 	var reason *JobError
+	var space *spaceError
 	switch {
 	case errors.Is(result, errDone):
 		return j.succeed(context.WithoutCancel(ctx), row, config.AdapterDir)
-	case errors.As(result, &reason), errors.Is(result, store.ErrStale), errors.Is(result, errWrite):
+	case errors.As(result, &reason), errors.As(result, &space), errors.Is(result, store.ErrStale), errors.Is(result, errWrite):
 		return result
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -229,7 +243,7 @@ func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
 var errDone = errors.New("done")
 
 // follow applies a trainer's events until its output ends, and ends the trainer when the context ends or the state cannot be
-// written. It returns errDone, *JobError, an error of the store, or nil if the trainer reported no end.
+// written. It returns errDone, *JobError, *spaceError, an error of the store, or nil if the trainer reported no end.
 func (j *Jobs) follow(ctx context.Context, working *run, row *store.Job, trainer Trainer) (result error) {
 	// endWithin kills the trainer unless it ends by itself in time; soft asks it to.
 	var deadline <-chan time.Time
@@ -263,10 +277,13 @@ func (j *Jobs) follow(ctx context.Context, working *run, row *store.Job, trainer
 			// The trainer's state is written even when the server is stopping.
 			result = j.apply(context.WithoutCancel(ctx), working, row, event)
 			var reason *JobError
+			var space *spaceError
 			switch {
 			case result == nil:
 			case errors.Is(result, errDone), errors.As(result, &reason):
 				endWithin(j.opts.StopGrace) // it is about to end by itself
+			case errors.As(result, &space):
+				soft(j.opts.StopGrace)
 			default:
 				if !errors.Is(result, store.ErrStale) {
 					result = fmt.Errorf("%w: %w", errWrite, result)
@@ -276,7 +293,7 @@ func (j *Jobs) follow(ctx context.Context, working *run, row *store.Job, trainer
 		case <-stop:
 			stop = nil
 			switch cause := context.Cause(ctx); {
-			case errors.Is(cause, ErrStopping):
+			case errors.Is(cause, ErrStopping), errors.Is(cause, ErrPaused):
 				soft(j.opts.StopGrace)
 			case errors.Is(cause, ErrCancelled):
 				soft(j.opts.CancelGrace)
@@ -365,18 +382,19 @@ func (j *Jobs) filePath(ctx context.Context, id string) (string, error) {
 	return j.opts.Store.BlobPath(file.SHA256)
 }
 
-// apply takes one event of the trainer into the row, which it keeps up to date. It returns errDone or *JobError for the events
-// that end an attempt, and otherwise an error of the store.
+// apply takes one event of the trainer into the row, which it keeps up to date. It returns errDone, *JobError or *spaceError for the
+// events that end an attempt, and otherwise an error of the store.
 func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.TrainerEvent) error {
 	var change func(*store.Job) error
 	var events []store.Event
+	after := func(store.Job) error { return nil }
 	switch e.Type {
 	case child.EventProgress:
 		working.report(e, j.opts.Now())
 		return nil
 
 	case child.EventDataset:
-		if row.Attempt > 1 {
+		if row.Plan != nil {
 			return nil // it was said before
 		}
 		events = datasetMessages(e)
@@ -385,14 +403,19 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		if e.Memory == nil {
 			return errors.New("the trainer sent a memory event without a plan")
 		}
-		if row.Attempt > 1 {
+		need := spaceFor(*e.Memory)
+		change = func(row *store.Job) error {
+			row.DiskBytes = need
 			return nil
 		}
-		event, err := memoryMessage(*e.Memory)
-		if err != nil {
-			return err
+		if row.Plan == nil {
+			event, err := memoryMessage(*e.Memory)
+			if err != nil {
+				return err
+			}
+			events = append(events, event)
 		}
-		events = append(events, event)
+		after = j.checkSpace
 
 	case child.EventPlan:
 		if e.Plan == nil {
@@ -410,7 +433,7 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		switch {
 		case e.Plan.ResumedStep > 0:
 			events = append(events, message("info", "Resuming from step %d", e.Plan.ResumedStep))
-		case row.Attempt > 1:
+		case row.Step > 0:
 			events = append(events, message("warn", "No saved state found, starting again from step 0"))
 		}
 
@@ -492,18 +515,34 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		if e.Error == nil {
 			return errors.New("the trainer sent a failed event without an error")
 		}
+		if e.Error.Code == child.CodeDiskFull {
+			return &spaceError{what: e.Error.Message}
+		}
 		return &JobError{Code: e.Error.Code, Message: e.Error.Message, Param: e.Error.Param}
 
 	default:
 		j.opts.Logger.Warn("unknown event of the trainer", "job_id", row.ID, "type", e.Type)
 		return nil
 	}
-	next, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Change: change, Events: events})
+	next, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: row.Attempt, Change: j.timed(working, change), Events: events})
 	if err != nil {
 		return err
 	}
 	*row = next
-	return nil
+	return after(next)
+}
+
+// timed is a change of an attempt that also counts the time of the attempt so far.
+func (j *Jobs) timed(working *run, change func(*store.Job) error) func(*store.Job) error {
+	return func(row *store.Job) error {
+		now := j.opts.Now()
+		row.RunSeconds += max(0, now.Sub(working.counted).Seconds())
+		working.counted = now
+		if change == nil {
+			return nil
+		}
+		return change(row)
+	}
 }
 
 // report takes a progress event.

@@ -18,7 +18,7 @@ import (
 )
 
 // Checkpoints returns a page of a job's servable checkpoints, newest first, and whether there are more. Which there are is
-// for the registry of adapters to say: one that was deleted is not listed. After and limit are as in List; the default
+// for the registry of adapters to say: one that was deleted is not listed. After and limit are as in Query; the default
 // limit is 10.
 func (j *Jobs) Checkpoints(ctx context.Context, id, after string, limit int) ([]Checkpoint, bool, error) {
 	row, err := j.opts.Store.Job(ctx, id)

@@ -213,7 +213,7 @@ func TestMoves(t *testing.T) {
 	want := map[Status]string{
 		ValidatingFiles: "queued failed cancelled",
 		Queued:          "running failed cancelled",
-		Running:         "running succeeded failed cancelled",
+		Running:         "queued running succeeded failed cancelled",
 	}
 	for _, from := range states {
 		var got []string

@@ -14,6 +14,8 @@ var (
 	ErrStopping = errors.New("the server is stopping")
 	// ErrCancelled is the cause with which a running attempt is ended when its job is cancelled.
 	ErrCancelled = errors.New("the job was cancelled")
+	// ErrPaused is the cause with which a running attempt is ended when its job is paused: it saves its state.
+	ErrPaused = errors.New("the job was paused")
 )
 
 // InvalidError is a request that can never work. Param is the request's field, in dots: hyperparameters.n_epochs.

@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/dustin/go-humanize"
-
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/store"
 )
@@ -109,7 +107,6 @@ func memoryMessage(m child.MemoryPlan) (store.Event, error) {
 	if err != nil {
 		return store.Event{}, fmt.Errorf("memory plan: %w", err)
 	}
-	size := func(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
 	text := fmt.Sprintf("Memory: %s of %s on %s: weights %s (layout %s: %s, transposed %s), adapter %s, activations of %d tokens %s",
 		size(m.TotalBytes), size(m.FreeBytes), m.Device, size(m.WeightBytes), m.Layout, m.Forward, m.Backward, size(m.AdapterBytes),
 		m.MicroBatchTokens, size(m.ActivationBytes))

@@ -31,7 +31,8 @@ type Hyperparameters struct {
 // Status is the state of a job, in OpenAI's words.
 type Status string
 
-// The states, in the order of a job's life. The last three are final.
+// The states, in the order of a job's life. The last three are final. A paused job is queued (or validating_files): OpenAI's
+// enum has no word for it.
 const (
 	ValidatingFiles Status = "validating_files"
 	Queued          Status = "queued"
@@ -48,8 +49,14 @@ func (s Status) Final() bool { return s == Succeeded || s == Failed || s == Canc
 var moves = map[Status][]Status{
 	ValidatingFiles: {Queued, Failed, Cancelled},
 	Queued:          {Running, Failed, Cancelled},
-	Running:         {Running, Succeeded, Failed, Cancelled},
+	Running:         {Running, Queued, Succeeded, Failed, Cancelled},
 }
+
+// Reasons why a job that could run waits.
+const (
+	PausedByRequest = "requested" // until Resume
+	PausedForSpace  = "disk_full" // until there is room on the disk, or Resume
+)
 
 // Job is a job as it stands: its row, and for a running one the trainer's latest progress.
 type Job struct {
@@ -77,6 +84,8 @@ type Job struct {
 	EstimatedFinish int64    // Unix seconds; 0 if not known
 	Progress        Progress // of the latest attempt
 	Attempt         int      // 0 until it first ran
+	Paused          string   // PausedByRequest, PausedForSpace, or "" if it is not
+	RunSeconds      float64  // time of all its attempts, up to their last event
 }
 
 // JobError is why a job failed: trying again would not help.

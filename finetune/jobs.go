@@ -18,6 +18,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/store"
 )
@@ -78,6 +79,10 @@ type Options struct {
 	CancelGrace time.Duration // from asking a cancelled job's trainer to end until killing it; default 1 s
 	StopGrace   time.Duration // the same when the server stops; default 20 s
 	Heartbeat   time.Duration // default 5 s; a lease lasts four of them
+
+	// FreeBytes is the space that is left in the file system of a directory; default durable.FreeBytes.
+	FreeBytes func(dir string) (int64, error)
+	Retention Retention
 }
 
 // Jobs is the set of fine-tuning jobs, and what runs them. Its methods may be called from any goroutine.
@@ -104,6 +109,8 @@ type Jobs struct {
 type run struct {
 	cancel context.CancelCauseFunc
 	ended  chan struct{}
+	// counted is up to when the row has the time of the attempt. Only the goroutine that follows the trainer uses it.
+	counted time.Time
 
 	mu       sync.Mutex
 	progress child.TrainerEvent // the newest of type progress
@@ -123,6 +130,9 @@ func New(opts Options) *Jobs {
 	opts.CancelGrace = cmp.Or(opts.CancelGrace, time.Second)
 	opts.StopGrace = cmp.Or(opts.StopGrace, 20*time.Second)
 	opts.Heartbeat = cmp.Or(opts.Heartbeat, 5*time.Second)
+	if opts.FreeBytes == nil {
+		opts.FreeBytes = durable.FreeBytes
+	}
 	return &Jobs{
 		opts: opts, queue: opts.Store, owner: store.NewID("", 16), live: map[string]*run{},
 		wakeDispatch: make(chan struct{}, 1), wakeValidate: make(chan struct{}, 1), hard: make(chan struct{}), dryRuns: make(chan struct{}, 1),
@@ -143,13 +153,17 @@ func (j *Jobs) Start(ctx context.Context) error {
 	if err := j.queue.Reclaim(ctx); err != nil {
 		return fmt.Errorf("start jobs: %w", err)
 	}
-	if err := j.sweep(ctx); err != nil {
+	if err := errors.Join(j.sweepDryRuns(), j.sweep(ctx)); err != nil {
+		return fmt.Errorf("start jobs: %w", err)
+	}
+	if err := j.park(ctx); err != nil {
 		return fmt.Errorf("start jobs: %w", err)
 	}
 	life, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	j.stop = stop
 	j.done.Go(func() { j.dispatch(life) })
 	j.done.Go(func() { j.validateAll(life) })
+	j.done.Go(func() { j.retainAll(life) })
 	return nil
 }
 
@@ -295,12 +309,19 @@ func (j *Jobs) Get(ctx context.Context, id string) (*Job, error) {
 	return j.job(row)
 }
 
-// List returns a page of jobs, newest first, and whether there are more. After is the id that the page before ended with, or
-// ""; an unknown one is an *InvalidError. A limit of 0 means 20, and there are at most 1000 in a page.
-func (j *Jobs) List(ctx context.Context, after string, limit int) (jobs []Job, more bool, err error) {
-	rows, more, err := j.opts.Store.Jobs(ctx, after, pageSize(limit))
+// Query selects jobs.
+type Query struct {
+	After      string            // the id that the page before ended with, or ""
+	Limit      int               // 0 means 20; at most 1000
+	Metadata   map[string]string // pairs that a job must have
+	NoMetadata bool              // only jobs without metadata
+}
+
+// List returns a page of jobs, newest first, and whether there are more. An unknown q.After is an *InvalidError.
+func (j *Jobs) List(ctx context.Context, q Query) (jobs []Job, more bool, err error) {
+	rows, more, err := j.opts.Store.Jobs(ctx, store.JobQuery{After: q.After, Limit: pageSize(q.Limit), Metadata: q.Metadata, NoMetadata: q.NoMetadata})
 	if err != nil {
-		return nil, false, badCursor(after, err)
+		return nil, false, badCursor(q.After, err)
 	}
 	jobs = make([]Job, 0, len(rows))
 	for _, row := range rows {
@@ -313,7 +334,7 @@ func (j *Jobs) List(ctx context.Context, after string, limit int) (jobs []Job, m
 	return jobs, more, nil
 }
 
-// Events returns a page of a job's events, newest first, and whether there are more. After and limit are as in List.
+// Events returns a page of a job's events, newest first, and whether there are more. After and limit are as in Query.
 func (j *Jobs) Events(ctx context.Context, id, after string, limit int) (events []Event, more bool, err error) {
 	if _, err := j.opts.Store.Job(ctx, id); err != nil {
 		return nil, false, notFound(id, err)
@@ -329,6 +350,22 @@ func (j *Jobs) Events(ctx context.Context, id, after string, limit int) (events 
 	return events, more, nil
 }
 
+// Unfinished returns the ids of the unfinished jobs of a base model, the running one first.
+func (j *Jobs) Unfinished(ctx context.Context, base string) (ids []string, err error) {
+	for _, status := range []Status{Running, Queued, ValidatingFiles} {
+		rows, err := j.opts.Store.JobsWithStatus(ctx, string(status))
+		if err != nil {
+			return nil, err
+		}
+		for _, row := range rows {
+			if row.Model == base {
+				ids = append(ids, row.ID)
+			}
+		}
+	}
+	return ids, nil
+}
+
 // Cancel ends a job, and returns it once nothing of it runs any more. Of a job in a final state it returns *ConflictError.
 func (j *Jobs) Cancel(ctx context.Context, id string) (*Job, error) {
 	row, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{
@@ -336,11 +373,7 @@ func (j *Jobs) Cancel(ctx context.Context, id string) (*Job, error) {
 		Events: []store.Event{message("info", "The job was cancelled")},
 	})
 	if errors.Is(err, store.ErrStale) {
-		job, err := j.Get(ctx, id)
-		if err != nil {
-			return nil, err
-		}
-		return nil, &ConflictError{ID: id, Status: job.Status, Message: fmt.Sprintf("job %s is %s and cannot be cancelled", id, job.Status)}
+		return nil, j.conflict(ctx, id, "cancelled")
 	}
 	if err != nil {
 		return nil, notFound(id, err)
@@ -381,6 +414,7 @@ func (j *Jobs) job(row store.Job) (*Job, error) {
 		ID: row.ID, CreatedAt: row.CreatedAt, FinishedAt: row.FinishedAt, Model: row.Model, StartAdapter: row.StartAdapter, FineTunedModel: row.FineTunedModel,
 		Status: Status(row.Status), MethodType: row.Method, Seed: row.Seed, TrainingFile: row.TrainingFile, ValidationFile: row.ValidationFile,
 		ResultFiles: row.ResultFiles, TrainedTokens: row.TrainedTokens, Metadata: row.Metadata, Suffix: row.Suffix, Attempt: row.Attempt,
+		Paused: row.Paused, RunSeconds: row.RunSeconds,
 		Progress: Progress{
 			Step: row.Step, TotalSteps: row.TotalSteps, TrainLoss: row.TrainLoss, ValidLoss: row.ValidLoss, ValidAccuracy: row.ValidAccuracy,
 			ValidChoiceAccuracy: row.ValidChoiceAccuracy,
@@ -423,7 +457,11 @@ func (j *Jobs) job(row store.Job) (*Job, error) {
 			job.Progress.TotalSteps = cmp.Or(p.TotalSteps, job.Progress.TotalSteps)
 			job.Progress.TokensPerSecond, job.Progress.SecondsLeft = p.TokensPerSecond, p.SecondsLeft
 			if p.SecondsLeft > 0 {
-				job.EstimatedFinish = at.Add(time.Duration(p.SecondsLeft * float64(time.Second))).Unix()
+				finish := at.Add(time.Duration(p.SecondsLeft * float64(time.Second)))
+				if now := j.opts.Now(); finish.Before(now) { // a trainer that makes way for requests reports less often
+					finish = now
+				}
+				job.EstimatedFinish = finish.Unix()
 			}
 		}
 	}
@@ -433,7 +471,16 @@ func (j *Jobs) job(row store.Job) (*Job, error) {
 // dir is a job's directory; id comes from a row.
 func (j *Jobs) dir(id string) string { return filepath.Join(j.opts.Dir, id) }
 
-// sweep removes the resume states of finished jobs, which a killed server may have left.
+// sweepDryRuns removes what dry runs of a killed server have left. None may be running.
+func (j *Jobs) sweepDryRuns() error {
+	left, err := filepath.Glob(filepath.Join(j.opts.Dir, dryRunPrefix+"*"))
+	for _, dir := range left {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
+}
+
+// sweep removes the resume states of finished jobs, which a killed server may have left or which were kept for a time.
 func (j *Jobs) sweep(ctx context.Context) error {
 	dirs, err := os.ReadDir(j.opts.Dir)
 	if err != nil {
@@ -441,9 +488,6 @@ func (j *Jobs) sweep(ctx context.Context) error {
 	}
 	for _, dir := range dirs {
 		if strings.HasPrefix(dir.Name(), dryRunPrefix) {
-			if err := os.RemoveAll(j.dir(dir.Name())); err != nil {
-				return err
-			}
 			continue
 		}
 		row, err := j.opts.Store.Job(ctx, dir.Name())
@@ -461,8 +505,15 @@ func (j *Jobs) sweep(ctx context.Context) error {
 	return nil
 }
 
-// clear removes everything of a finished job but its logs. What cannot be removed is tried again at the next start.
+// clear removes everything of a finished job but its logs, unless Retention keeps its resume states. What cannot be removed is
+// tried again at the next start.
 func (j *Jobs) clear(id string) {
+	if keep := j.opts.Retention.ResumeStates; keep > 0 {
+		row, err := j.opts.Store.Job(context.Background(), id)
+		if err == nil && Status(row.Status) != Succeeded && j.opts.Now().Sub(time.Unix(row.FinishedAt, 0)) < keep {
+			return
+		}
+	}
 	err := filepath.WalkDir(j.dir(id), func(path string, entry fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil

@@ -30,13 +30,14 @@ const goodRow = `{"messages":[{"role":"user","content":"1+1?"},{"role":"assistan
 // home is a data directory with a server running on it.
 type home struct {
 	*server
-	t   *testing.T
-	dir string
+	t     *testing.T
+	dir   string
+	edits []func(*finetune.Options)
 }
 
-func openHome(t *testing.T) *home {
+func openHome(t *testing.T, edits ...func(*finetune.Options)) *home {
 	t.Helper()
-	h := &home{t: t, dir: t.TempDir()}
+	h := &home{t: t, dir: t.TempDir(), edits: edits}
 	h.open()
 	t.Cleanup(func() {
 		if err := h.close(context.Background()); err != nil {
@@ -50,7 +51,7 @@ func (h *home) open() {
 	h.t.Helper()
 	var err error
 	logger := slog.New(slog.NewTextHandler(h.t.Output(), nil))
-	if h.server, err = openServer(h.t.Context(), h.dir, logger); err != nil {
+	if h.server, err = openServer(h.t.Context(), h.dir, logger, h.edits...); err != nil {
 		h.t.Fatal(err)
 	}
 }
@@ -474,7 +475,7 @@ func TestJobsWaitForEachOther(t *testing.T) {
 	second := h.create(behaviour{Steps: 2})
 	third := h.create(behaviour{Steps: 2})
 	for job := third; !job.Status.Final(); job = h.get(third.ID) {
-		jobs, _, err := h.jobs.List(t.Context(), "", 0)
+		jobs, _, err := h.jobs.List(t.Context(), finetune.Query{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -492,16 +493,16 @@ func TestJobsWaitForEachOther(t *testing.T) {
 	for _, id := range []string{first.ID, second.ID, third.ID} {
 		h.awaitEnd(id, finetune.Succeeded)
 	}
-	jobs, more, err := h.jobs.List(t.Context(), "", 2)
+	jobs, more, err := h.jobs.List(t.Context(), finetune.Query{Limit: 2})
 	if err != nil || !more || jobs[0].ID != third.ID || jobs[1].ID != second.ID {
 		t.Errorf("first page %v, more %v, %v", jobs, more, err)
 	}
-	jobs, more, err = h.jobs.List(t.Context(), second.ID, 2)
+	jobs, more, err = h.jobs.List(t.Context(), finetune.Query{After: second.ID, Limit: 2})
 	if err != nil || more || len(jobs) != 1 || jobs[0].ID != first.ID {
 		t.Errorf("second page %v, more %v, %v", jobs, more, err)
 	}
 	var bad *finetune.InvalidError
-	if _, _, err := h.jobs.List(t.Context(), "ftjob-x", 2); !errors.As(err, &bad) || bad.Param != "after" {
+	if _, _, err := h.jobs.List(t.Context(), finetune.Query{After: "ftjob-x", Limit: 2}); !errors.As(err, &bad) || bad.Param != "after" {
 		t.Errorf("unknown cursor: %v", err)
 	}
 }
@@ -592,7 +593,7 @@ func TestServerKilled(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	jobs, _, err := h.jobs.List(t.Context(), "", 0)
+	jobs, _, err := h.jobs.List(t.Context(), finetune.Query{})
 	if err != nil || len(jobs) != 1 {
 		t.Fatalf("jobs %v, %v", jobs, err)
 	}
@@ -749,7 +750,7 @@ func TestCreateRefuses(t *testing.T) {
 			t.Errorf("%+v: %v; want *InvalidError of %s", spec, err, test.param)
 		}
 	}
-	if jobs, _, err := h.jobs.List(t.Context(), "", 0); err != nil || len(jobs) != 0 {
+	if jobs, _, err := h.jobs.List(t.Context(), finetune.Query{}); err != nil || len(jobs) != 0 {
 		t.Errorf("jobs %v, %v; want none", jobs, err)
 	}
 }

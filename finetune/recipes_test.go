@@ -254,7 +254,7 @@ func TestDryRun(t *testing.T) {
 	nothingLeft := func() {
 		t.Helper()
 		dirs, err := filepath.Glob(filepath.Join(h.dir, "jobs", "*"))
-		jobs, _, listErr := h.jobs.List(t.Context(), "", 0)
+		jobs, _, listErr := h.jobs.List(t.Context(), finetune.Query{})
 		if err != nil || listErr != nil || len(dirs) != 0 || len(jobs) != 0 {
 			t.Errorf("left behind: %v, jobs %v, %v, %v", dirs, jobs, err, listErr)
 		}

@@ -51,6 +51,8 @@ type behaviour struct {
 	Fail         string        // report failed with this code instead of training
 	Checkpoints  int           // make a checkpoint every second step, and keep so many
 	Unreported   bool          // exit with code 3 after writing the first checkpoint, without a word, in the first attempt
+	FullAt       int           // find the disk full instead of saving the state of this step, in the first attempt
+	AdapterBytes int64         // of the memory plan; 0: 1 MiB
 	Deaf         bool          // ignore the stop command and signals
 	Silent       bool          // exit with code 0 and no event
 	WrongAdapter bool          // write an adapter of another base
@@ -124,6 +126,9 @@ func trainerMain() int {
 		Device: "cpu", Layout: "exact", Forward: "bf16", Backward: "bf16", WeightBytes: 3 << 30, AdapterBytes: 1 << 20, ActivationBytes: 1 << 29,
 		OverheadBytes: 1 << 28, TotalBytes: 4 << 30, FreeBytes: 8 << 30, MicroBatchTokens: 1024,
 	}
+	if b.AdapterBytes > 0 {
+		memory.AdapterBytes = b.AdapterBytes
+	}
 	send(child.TrainerEvent{Type: child.EventMemory, Memory: &memory})
 	plan := &child.TrainPlan{
 		Method: config.Method, R: 16, NumTrainEpochs: b.Steps / 2, BatchSize: 2, TotalSteps: b.Steps, Seed: config.Seed, ResumedStep: step, LearningRateMultiplier: 1,
@@ -184,6 +189,10 @@ func trainerMain() int {
 					}
 				}
 				send(e)
+			}
+			if step == b.FullAt && config.Attempt == 1 {
+				send(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeDiskFull, Message: "write state: no space left on device"}})
+				return 1
 			}
 			if err := writeResume(config.Dir, step); err != nil {
 				return 6
@@ -316,8 +325,12 @@ type server struct {
 	jobs     *finetune.Jobs
 }
 
-func openServer(ctx context.Context, dir string, logger *slog.Logger) (*server, error) {
+func openServer(ctx context.Context, dir string, logger *slog.Logger, edits ...func(*finetune.Options)) (*server, error) {
 	st, err := store.Open(ctx, dir, store.Options{Logger: logger})
+	// A process that another test is starting holds what was open here, the lock of a closed store too, until it executes.
+	for inUse := new(store.InUseError); errors.As(err, &inUse) && inUse.PID == os.Getpid(); st, err = store.Open(ctx, dir, store.Options{Logger: logger}) {
+		time.Sleep(time.Millisecond)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -325,10 +338,14 @@ func openServer(ctx context.Context, dir string, logger *slog.Logger) (*server, 
 	if err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
-	jobs := finetune.New(finetune.Options{
+	opts := finetune.Options{
 		Store: st, Models: models{}, Adapters: registry, Start: startTrainer, Dir: filepath.Join(dir, "jobs"), Logger: logger,
 		Device: "cpu", MemoryBytes: 5 << 30, CacheDir: filepath.Join(dir, "cache"), RetryDelay: 5 * time.Millisecond, CancelGrace: 500 * time.Millisecond, Heartbeat: 50 * time.Millisecond,
-	})
+	}
+	for _, edit := range edits {
+		edit(&opts)
+	}
+	jobs := finetune.New(opts)
 	return &server{store: st, registry: registry, jobs: jobs}, jobs.Start(ctx)
 }
 

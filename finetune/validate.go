@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/hone-llm/hone/internal/store"
 )
@@ -50,8 +51,14 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 	if err != nil {
 		return err
 	}
+	ahead := 0
+	for _, other := range slices.Concat(running, queued) {
+		if other.Paused == "" {
+			ahead++
+		}
+	}
 	events := []store.Event{message("info", "Files validated, moving job to queued state")}
-	if ahead := len(running) + len(queued); ahead > 0 {
+	if ahead > 0 {
 		events = append(events, message("info", "Waiting for its turn: jobs ahead in the queue: %d", ahead))
 	}
 	_, err = j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: store.AnyAttempt, Change: j.move(Queued), Events: events})
@@ -117,7 +124,7 @@ func (j *Jobs) fail(ctx context.Context, id string, attempt int, reason *JobErro
 // begin registers work on a job, so that Cancel finds it. The returned context ends with the cause of the cancellation.
 func (j *Jobs) begin(ctx context.Context, id string) (context.Context, *run) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	working := &run{cancel: cancel, ended: make(chan struct{})}
+	working := &run{cancel: cancel, ended: make(chan struct{}), counted: j.opts.Now()}
 	j.mu.Lock()
 	j.live[id] = working
 	j.mu.Unlock()

@@ -18,11 +18,17 @@ type Jobs interface {
 	Create(ctx context.Context, spec finetune.Spec) (*finetune.Job, error)    // *finetune.InvalidError
 	DryRun(ctx context.Context, spec finetune.Spec) (*finetune.DryRun, error) // *finetune.InvalidError, *finetune.JobError
 	Get(ctx context.Context, id string) (*finetune.Job, error)
-	List(ctx context.Context, after string, limit int) (jobs []finetune.Job, more bool, err error)
+	List(ctx context.Context, q finetune.Query) (jobs []finetune.Job, more bool, err error)
 	Cancel(ctx context.Context, id string) (*finetune.Job, error) // *finetune.ConflictError
+	Pause(ctx context.Context, id string) (*finetune.Job, error)  // *finetune.ConflictError
+	Resume(ctx context.Context, id string) (*finetune.Job, error) // *finetune.ConflictError
+	Unfinished(ctx context.Context, base string) (ids []string, err error)
 	Events(ctx context.Context, id, after string, limit int) (events []finetune.Event, more bool, err error)
 	Checkpoints(ctx context.Context, id, after string, limit int) (checkpoints []finetune.Checkpoint, more bool, err error)
 }
+
+// maxMetadata is how many pairs a job can have.
+const maxMetadata = 16
 
 // organization stands in every job: OpenAI's schema requires one, and hone has no organizations.
 const organization = "org-local"
@@ -80,8 +86,14 @@ func decodeSpec(c *gin.Context) (finetune.Spec, error) {
 // jobSpec translates a request. Ranges, and what is given twice, are the jobs' to check.
 func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
 	spec := finetune.Spec{Model: req.Model, TrainingFile: req.TrainingFile, Seed: req.Seed, Metadata: req.Metadata, MethodType: finetune.Supervised}
-	if len(req.Integrations) > 0 && !isNull(req.Integrations) && string(req.Integrations) != "[]" {
-		return spec, invalid("integrations", "integrations are not available; leave them out. The losses are in the job's events")
+	if err := refuseIntegrations(req.Integrations); err != nil {
+		return spec, err
+	}
+	switch {
+	case req.Suffix != nil && *req.Suffix == "":
+		return spec, invalid("suffix", "suffix is empty; expected 1 to 64 characters, or leave it out")
+	case req.ValidationFile != nil && *req.ValidationFile == "":
+		return spec, invalid("validation_file", "validation_file is empty; expected the id of a file, or leave it out")
 	}
 	if req.ValidationFile != nil {
 		spec.ValidationFile = *req.ValidationFile
@@ -115,6 +127,27 @@ func jobSpec(req *wire.FineTuningJobRequest) (finetune.Spec, error) {
 		spec.Options, err = finetune.DecodeOptions(req.Hone)
 	}
 	return spec, err
+}
+
+// refuseIntegrations names those that are asked for: hone has none.
+func refuseIntegrations(raw json.RawMessage) error {
+	if len(raw) == 0 || isNull(raw) {
+		return nil
+	}
+	var list []struct {
+		Type string `json:"type"`
+	}
+	if err := json.Unmarshal(raw, &list); err != nil {
+		return invalid("integrations", "integrations: expected a list of objects with a type, not %s", kindOf(raw))
+	}
+	for i, integration := range list {
+		param := fmt.Sprintf("integrations[%d].type", i)
+		if integration.Type == "" {
+			return invalid(param, "%s is missing; integrations are not available, leave them out", param)
+		}
+		return invalid(param, "the integration %.40q is not available; leave integrations out. The losses are in the job's events and in its result file", integration.Type)
+	}
+	return nil
 }
 
 // hyperparameters finds OpenAI's in the method or in their deprecated place.
@@ -157,7 +190,17 @@ func (s *Server) listJobs(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	jobs, more, err := s.jobs.List(c.Request.Context(), c.Query("after"), limit)
+	query := finetune.Query{After: c.Query("after"), Limit: limit, Metadata: c.QueryMap("metadata")}
+	if only, sent := c.GetQuery("metadata"); sent {
+		if only != "null" {
+			return invalid("metadata", "metadata is %.60q; expected metadata[key]=value, or metadata=null for jobs without any", only)
+		}
+		query.NoMetadata = true
+	}
+	if len(query.Metadata) > maxMetadata {
+		return invalid("metadata", "metadata has %d pairs; a job has at most %d", len(query.Metadata), maxMetadata)
+	}
+	jobs, more, err := s.jobs.List(c.Request.Context(), query)
 	if err != nil {
 		return err
 	}
@@ -182,6 +225,22 @@ func (s *Server) getJob(c *gin.Context) error {
 
 func (s *Server) cancelJob(c *gin.Context) error {
 	job, err := s.jobs.Cancel(c.Request.Context(), c.Param("id"))
+	if err != nil {
+		return err
+	}
+	return encodeJob(c, job)
+}
+
+func (s *Server) pauseJob(c *gin.Context) error {
+	job, err := s.jobs.Pause(c.Request.Context(), c.Param("id"))
+	if err != nil {
+		return err
+	}
+	return encodeJob(c, job)
+}
+
+func (s *Server) resumeJob(c *gin.Context) error {
+	job, err := s.jobs.Resume(c.Request.Context(), c.Param("id"))
 	if err != nil {
 		return err
 	}
@@ -255,8 +314,8 @@ func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
 		Hyperparameters: *h, Method: method,
 		TrainingFile: job.TrainingFile, ValidationFile: unlessZero(job.ValidationFile), ResultFiles: job.ResultFiles,
 		Seed: job.Seed, EstimatedFinish: unlessZero(job.EstimatedFinish), Metadata: job.Metadata, UserSuffix: unlessZero(job.Suffix),
-		Hone: &wire.FineTuningDetails{Attempt: job.Attempt, StartAdapter: job.StartAdapter},
 	}
+	details := wire.FineTuningDetails{Attempt: job.Attempt, StartAdapter: job.StartAdapter, Paused: job.Paused}
 	if shown.ResultFiles == nil {
 		shown.ResultFiles = []string{}
 	}
@@ -270,18 +329,24 @@ func jobToWire(job *finetune.Job) (wire.FineTuningJob, error) {
 	if err != nil {
 		return shown, fmt.Errorf("encode the options of job %s: %w", job.ID, err)
 	}
-	shown.Hone.Options = options
+	if string(options) != "{}" {
+		details.Options = options
+	}
 	if job.Plan != nil {
-		if shown.Hone.Plan, err = json.Marshal(job.Plan); err != nil {
+		if details.Plan, err = json.Marshal(job.Plan); err != nil {
 			return shown, fmt.Errorf("encode the plan of job %s: %w", job.ID, err)
 		}
 	}
 	if p := job.Progress; job.Attempt > 0 {
-		shown.Hone.Progress = &wire.FineTuningProgress{
+		details.Usage = &wire.FineTuningUsage{TrainedTokens: job.TrainedTokens, RunSeconds: job.RunSeconds}
+		details.Progress = &wire.FineTuningProgress{
 			Step: p.Step, TotalSteps: p.TotalSteps, StepFraction: p.Fraction, TokensPerSecond: p.TokensPerSecond, SecondsLeft: p.SecondsLeft,
 			TrainLoss: p.TrainLoss, ValidLoss: p.ValidLoss, ValidAccuracy: p.ValidAccuracy,
 			ValidChoiceAccuracy: p.ValidChoiceAccuracy,
 		}
+	}
+	if job.Attempt > 0 || details.Options != nil || details.StartAdapter != "" || details.Paused != "" {
+		shown.Hone = &details // absent from a job that asked for no more than OpenAI's and has not run
 	}
 	return shown, nil
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"strings"
 	"testing"
 
@@ -111,7 +112,18 @@ func TestJobRefusals(t *testing.T) {
 		{`"beta":0.1`, "beta", "its place is method.dpo.hyperparameters.beta"},
 		{`"method":{"type":"supervised","supervised":{"hyperparameters":{"n_epochs":"x"}}}`, "method.supervised.hyperparameters.n_epochs", "auto"},
 		{`"method":{"type":"supervised","supervised":{"hyperparameters":{"n_epochs":1}}},"hyperparameters":{"n_epochs":1}`, "hyperparameters", "twice"},
-		{`"integrations":[{"type":"wandb"}]`, "integrations", "not available"},
+		{`"integrations":[{"type":"wandb","wandb":{"project":"p"}}]`, "integrations[0].type", `the integration "wandb" is not available`},
+		{`"integrations":[{}]`, "integrations[0].type", "is missing"},
+		{`"integrations":"wandb"`, "integrations", "expected a list of objects with a type, not a string"},
+		{`"suffix":""`, "suffix", "suffix is empty; expected 1 to 64"},
+		{`"validation_file":""`, "validation_file", "validation_file is empty"},
+		{`"seed":2147483648`, "seed", "expected 0 to 2147483647"},
+		{`"seed":1.5`, "seed", "expected an integer"},
+		{`"hyperparameters":{"batch_size":257}`, "hyperparameters.batch_size", "1 to 256"},
+		{`"hyperparameters":{"n_epochs":0}`, "hyperparameters.n_epochs", "1 to 50"},
+		{`"metadata":{"` + strings.Repeat("k", 65) + `":"v"}`, "metadata", "at most 64 characters"},
+		{`"metadata":{"k":"` + strings.Repeat("v", 513) + `"}`, "metadata", "a value 512"},
+		{`"metadata":["a"]`, "metadata", "expected an object, not an array"},
 		{`"metadata":{"a":1}`, "metadata.a", "expected a string"},
 		{`"hone":[]`, "hone", "expected an object"},
 		{`"hone":{"rank":8}`, "hone.rank", `did you mean r?`},
@@ -225,6 +237,147 @@ func TestJobRefusals(t *testing.T) {
 }
 
 // TestJobSpec translates the first user's recipe.
+// The listing is paged by its cursor and filtered by metadata.
+func TestListJobs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	file := r.upload(t)
+	var ids []string
+	for _, metadata := range []map[string]string{{"team": "a", "run": "1"}, {"team": "a", "run": "2"}, nil, {"team": "b"}, {"a'\"] =": "ü"}} {
+		job, err := r.jobs.Create(t.Context(), finetune.Spec{Model: "smol", TrainingFile: file, Metadata: metadata})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, job.ID)
+	}
+	for query, want := range map[string][]int{
+		"":                                      {4, 3, 2, 1, 0},
+		"limit=2":                               {4, 3},
+		"limit=2&after=" + ids[3]:               {2, 1},
+		"limit=2&after=" + ids[1]:               {0},
+		"limit=2&after=" + ids[0]:               {},
+		"metadata%5Bteam%5D=a":                  {1, 0},
+		"metadata[team]=a&metadata[run]=2":      {1},
+		"metadata[team]=a&metadata[run]=3":      {},
+		"metadata[team]=A":                      {},
+		"metadata[team]=a&after=" + ids[1]:      {0},
+		"metadata=null":                         {2},
+		"metadata%5Ba'%22%5D%20%3D%5D=%C3%BC":   nil, // a key with brackets cannot be asked for
+		"metadata%5Bnone%5D=":                   {},
+		"metadata[team]=a&limit=1":              {1},
+		"limit=1000&after=" + ids[2] + "&foo=1": {1, 0},
+	} {
+		var list wire.List[wire.FineTuningJob]
+		status, body := r.do(t, "GET", "/v1/fine_tuning/jobs?"+query, "")
+		if want == nil {
+			if status >= 500 {
+				t.Errorf("%s: %d %s", query, status, body)
+			}
+			continue
+		}
+		if err := json.Unmarshal([]byte(body), &list); err != nil || status != 200 {
+			t.Errorf("%s: %d %s", query, status, body)
+			continue
+		}
+		got := []string{}
+		for _, job := range list.Data {
+			got = append(got, job.ID)
+		}
+		wantIDs := []string{}
+		for _, i := range want {
+			wantIDs = append(wantIDs, ids[i])
+		}
+		more := strings.Contains(query, "limit=2") && len(want) == 2 || query == "metadata[team]=a&limit=1"
+		if diff := cmp.Diff(wantIDs, got); diff != "" || list.HasMore != more {
+			t.Errorf("%s: has_more %v (-want +got)\n%s", query, list.HasMore, diff)
+		}
+		if len(want) > 0 && (*list.FirstID != got[0] || *list.LastID != got[len(got)-1]) {
+			t.Errorf("%s: first_id %s, last_id %s", query, *list.FirstID, *list.LastID)
+		}
+	}
+	for query, param := range map[string]string{
+		"limit=0": "limit", "limit=1001": "limit", "limit=x": "limit", "after=ftjob-none": "after", "metadata=a": "metadata",
+	} {
+		status, body := r.do(t, "GET", "/v1/fine_tuning/jobs?"+query, "")
+		wantError(t, query, status, body, 400, param, "", param)
+	}
+	// The cursor of a job's events is an event of that job.
+	events, _, err := r.jobs.Events(t.Context(), ids[0], "", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, body := r.do(t, "GET", "/v1/fine_tuning/jobs/"+ids[1]+"/events?after="+events[0].ID, "")
+	wantError(t, "event of another job", status, body, 400, "after", "", events[0].ID)
+}
+
+func TestPauseJob(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	job, err := r.jobs.Create(t.Context(), finetune.Spec{Model: "smol", TrainingFile: r.upload(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := "/v1/fine_tuning/jobs/" + job.ID
+	if status, body := r.do(t, "GET", path, ""); status != 200 || strings.Contains(body, `"hone"`) {
+		t.Errorf("a job that uses no extension: %d %s", status, body)
+	}
+	for _, step := range []struct{ do, want string }{
+		{"pause", `"hone":{"paused":"requested"}`}, {"pause", `"paused":"requested"`}, {"resume", `"id":"` + job.ID}, {"resume", `"status":"validating_files"`},
+	} {
+		status, body := r.do(t, "POST", path+"/"+step.do, "")
+		if status != 200 || !strings.Contains(body, step.want) || step.do == "resume" && strings.Contains(body, "paused") {
+			t.Errorf("%s: %d %s", step.do, status, body)
+		}
+	}
+	if _, err := r.jobs.Cancel(t.Context(), job.ID); err != nil {
+		t.Fatal(err)
+	}
+	for _, do := range []string{"pause", "resume"} {
+		status, body := r.do(t, "POST", path+"/"+do, "")
+		wantError(t, do, status, body, 409, "", "conflict", "is cancelled and cannot be "+do)
+		status, body = r.do(t, "POST", "/v1/fine_tuning/jobs/ftjob-none/"+do, "")
+		wantError(t, do, status, body, 404, "", "not_found", "ftjob-none")
+	}
+}
+
+func TestCheckpointPermissions(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	name := r.tunedAs(t, smolDigest, ":ckpt-step-2")
+	for _, id := range []string{name, strings.ReplaceAll(name, ":", "%3A")} {
+		path := "/v1/fine_tuning/checkpoints/" + id + "/permissions"
+		status, body := r.do(t, "GET", path+"?limit=1&order=ascending", "")
+		var list wire.List[wire.CheckpointPermission]
+		if err := json.Unmarshal([]byte(body), &list); err != nil || status != 200 || len(list.Data) != 1 || list.Data[0].Object != "checkpoint.permission" ||
+			list.Data[0].ProjectID != "proj_local" || list.HasMore || *list.LastID != list.Data[0].ID {
+			t.Fatalf("%d %s, %v", status, body, err)
+		}
+		only := list.Data[0].ID
+		for _, query := range []string{"?project_id=proj_x", "?after=" + only} {
+			if status, body := r.do(t, "GET", path+query, ""); status != 200 || !strings.Contains(body, `"data":[]`) {
+				t.Errorf("%s: %d %s", query, status, body)
+			}
+		}
+		if status, body := r.do(t, "POST", path, `{"project_ids":["proj_local"]}`); status != 200 || !strings.Contains(body, only) {
+			t.Errorf("create: %d %s", status, body)
+		}
+		status, body = r.do(t, "POST", path, `{"project_ids":["proj_local","proj_x"]}`)
+		wantError(t, "another project", status, body, 400, "project_ids[1]", "", "proj_x")
+		status, body = r.do(t, "POST", path, `{}`)
+		wantError(t, "no project", status, body, 400, "project_ids", "", "proj_local")
+		status, body = r.do(t, "DELETE", path+"/"+only, "")
+		wantError(t, "delete", status, body, 409, "permission", "conflict", "stays")
+		status, body = r.do(t, "DELETE", path+"/cp_none", "")
+		wantError(t, "delete another", status, body, 404, "permission", "not_found", "cp_none")
+		status, body = r.do(t, "GET", path+"?order=desc", "")
+		wantError(t, "order", status, body, 400, "order", "", "descending")
+	}
+	for _, none := range []string{"ft:smol:local::none:ckpt-step-1", r.tuned(t, smolDigest), "smol"} {
+		status, body := r.do(t, "GET", "/v1/fine_tuning/checkpoints/"+none+"/permissions", "")
+		wantError(t, none, status, body, 404, "checkpoint", "not_found", none)
+	}
+}
+
 func TestJobSpec(t *testing.T) {
 	t.Parallel()
 	var req wire.FineTuningJobRequest
@@ -308,7 +461,7 @@ func TestDPOJob(t *testing.T) {
 	if status != 200 || !strings.Contains(body, want) || !strings.Contains(body, `"hone":{"options":{"beta":0.2,"loss_type":"ipo"}}`) {
 		t.Errorf("%d %s\nlacks %s", status, body, want)
 	}
-	jobs, _, err := r.jobs.List(t.Context(), "", 1)
+	jobs, _, err := r.jobs.List(t.Context(), finetune.Query{Limit: 1})
 	if err != nil || len(jobs) != 1 || jobs[0].MethodType != "dpo" {
 		t.Fatalf("jobs %+v, %v", jobs, err)
 	}
@@ -335,7 +488,7 @@ func TestJobToWire(t *testing.T) {
 		t.Errorf("progress (-want +got)\n%s", diff)
 	}
 	failed := &finetune.Job{Status: finetune.Failed, FinishedAt: 9, Error: &finetune.JobError{Code: "invalid_training_file", Message: "line 3", Param: "training_file"}}
-	if got, err = jobToWire(failed); err != nil || got.Error.Code != "invalid_training_file" || *got.Error.Param != "training_file" || *got.FinishedAt != 9 || got.Hone.Progress != nil {
+	if got, err = jobToWire(failed); err != nil || got.Error.Code != "invalid_training_file" || *got.Error.Param != "training_file" || *got.FinishedAt != 9 || got.Hone != nil {
 		t.Errorf("failed job %+v, %v", got, err)
 	}
 }

@@ -29,6 +29,8 @@ type Models interface {
 	List(ctx context.Context) ([]BaseModel, error)
 	// Get returns finetune.ErrUnknownModel for a name that there is not.
 	Get(ctx context.Context, name string) (BaseModel, error)
+	// Delete removes a base model's files; what has them open goes on.
+	Delete(ctx context.Context, name string) error
 }
 
 // Adapters are the tuned models; adapters.Registry implements it.
@@ -156,20 +158,43 @@ func (s *Server) getModel(c *gin.Context) error {
 
 func (s *Server) deleteModel(c *gin.Context) error {
 	ctx, id := c.Request.Context(), modelID(c)
-	if !strings.HasPrefix(id, tunedPrefix) {
-		if _, err := s.models.Get(ctx, id); errors.Is(err, finetune.ErrUnknownModel) {
-			return s.unknownModel(ctx, id)
-		}
-		return invalid("model", "%s is a base model, and only tuned ones can be deleted here; remove it with: hone models rm %s", id, id)
+	var err error
+	if strings.HasPrefix(id, tunedPrefix) {
+		err = s.adapters.Delete(ctx, id)
+	} else {
+		err = s.deleteBase(ctx, id)
 	}
-	err := s.adapters.Delete(ctx, id)
-	if errors.Is(err, adapters.ErrNotFound) {
+	if errors.Is(err, adapters.ErrNotFound) || errors.Is(err, finetune.ErrUnknownModel) {
 		return s.unknownModel(ctx, id)
 	}
 	if err != nil {
 		return err
 	}
 	return encode(c, http.StatusOK, wire.Deleted{ID: id, Object: "model", Deleted: true})
+}
+
+// deleteBase removes a base model that no tuned model and no unfinished job needs.
+func (s *Server) deleteBase(ctx context.Context, name string) error {
+	if _, err := s.models.Get(ctx, name); errors.Is(err, finetune.ErrUnknownModel) {
+		return s.unknownModel(ctx, name)
+	}
+	needed, err := s.jobs.Unfinished(ctx, name)
+	if err != nil {
+		return fmt.Errorf("jobs of the model %q: %w", name, err)
+	}
+	for i := range needed {
+		needed[i] = "job " + needed[i]
+	}
+	for _, a := range s.adapters.List() {
+		if a.BaseModel == name {
+			needed = append(needed, a.Name)
+		}
+	}
+	if len(needed) > 0 {
+		return &wire.Error{Status: http.StatusConflict, Type: wire.ErrorTypeInvalidRequest, Param: new("model"), Code: new("model_in_use"),
+			Message: fmt.Sprintf("%s is the base model of %s; delete these models and cancel these jobs first", name, strings.Join(needed, ", "))}
+	}
+	return s.models.Delete(ctx, name)
 }
 
 func baseToWire(m BaseModel) wire.Model {
@@ -189,7 +214,7 @@ func tunedToWire(a adapters.Adapter) wire.Model {
 	if a.SystemMessage != "" {
 		details.SystemMessage = &a.SystemMessage
 	}
-	return wire.Model{ID: a.Name, Object: "model", Created: a.CreatedAt, OwnedBy: "user", Hone: details}
+	return wire.Model{ID: a.Name, Object: "model", Created: a.CreatedAt, OwnedBy: "user", Parent: a.BaseModel, Hone: details}
 }
 
 // page makes a list of data with its first and last ids.

@@ -114,6 +114,11 @@ func (s *Server) route() {
 	v1.GET("/fine_tuning/jobs", s.handle(s.listJobs))
 	v1.GET("/fine_tuning/jobs/:id", s.handle(s.getJob))
 	v1.POST("/fine_tuning/jobs/:id/cancel", s.handle(s.cancelJob))
+	v1.POST("/fine_tuning/jobs/:id/pause", s.handle(s.pauseJob))
+	v1.POST("/fine_tuning/jobs/:id/resume", s.handle(s.resumeJob))
+	v1.GET("/fine_tuning/checkpoints/:checkpoint/permissions", s.handle(s.listPermissions))
+	v1.POST("/fine_tuning/checkpoints/:checkpoint/permissions", s.handle(s.createPermission))
+	v1.DELETE("/fine_tuning/checkpoints/:checkpoint/permissions/:permission", s.handle(s.deletePermission))
 	v1.GET("/fine_tuning/jobs/:id/events", s.handle(s.listEvents))
 	v1.GET("/fine_tuning/jobs/:id/checkpoints", s.handle(s.listCheckpoints))
 	e.NoRoute(s.handle(func(c *gin.Context) error {

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -44,6 +45,7 @@ type echo struct {
 	running   int // now, and the most at a time
 	most      int
 	cancelled chan struct{}
+	hold      chan struct{} // the word hold waits until it is closed
 }
 
 func (e *echo) last() (child.GenerateRequest, child.Base) {
@@ -153,6 +155,8 @@ func (e *echo) generate(ctx context.Context, req child.GenerateRequest, yield fu
 			close(e.cancelled)
 			yield(child.GenerateEvent{}, context.Cause(ctx))
 			return
+		case "hold":
+			<-e.hold
 		case "panic":
 			panic("a bug")
 		case "cut":
@@ -250,6 +254,12 @@ func (b bases) Get(_ context.Context, name string) (BaseModel, error) {
 	return b[i], nil
 }
 
+// Delete does nothing: there are no files.
+func (b bases) Delete(ctx context.Context, name string) error {
+	_, err := b.Get(ctx, name)
+	return err
+}
+
 func (b bases) Base(ctx context.Context, name string) (dir, digest string, err error) {
 	m, err := b.Get(ctx, name)
 	return m.Dir, m.Digest, err
@@ -293,6 +303,12 @@ func newRig(t *testing.T) *rig {
 // tuned publishes an adapter and returns its name.
 func (r *rig) tuned(t *testing.T, digest string) string {
 	t.Helper()
+	return r.tunedAs(t, digest, "")
+}
+
+// tunedAs is tuned with an end for the name.
+func (r *rig) tunedAs(t *testing.T, digest, end string) string {
+	t.Helper()
 	id := store.NewID("", 8)
 	dir := filepath.Join(r.dir, "new-"+id)
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -301,7 +317,7 @@ func (r *rig) tuned(t *testing.T, digest string) string {
 	weights := []byte("weights")
 	sum := sha256.Sum256(weights)
 	m := lora.Manifest{
-		ID: id, Name: adapters.Name("smol", "quiz", id), BaseModel: "smol", BaseDigest: digest, JobID: "ftjob-1", CreatedAt: 9, Rank: 16, Alpha: 32,
+		ID: id, Name: adapters.Name("smol", "quiz", id) + end, BaseModel: "smol", BaseDigest: digest, JobID: "ftjob-1", CreatedAt: 9, Rank: 16, Alpha: 32,
 		TargetModules: []string{"q_proj"}, QuestionTemplate: "{{.Question}}", Choices: []string{"A", "B"}, MaxLength: 64,
 		Files: map[string]string{lora.GGUFFile: hex.EncodeToString(sum[:])},
 	}
@@ -471,14 +487,82 @@ func TestModels(t *testing.T) {
 	if status, body := r.do(t, "GET", "/v1/models/a%2Fb", ""); status != 404 || !strings.Contains(body, `the model \"a/b\" does not exist; there is smol`) {
 		t.Errorf("a name with a slash: %d %s", status, body)
 	}
-	if status, body := r.do(t, "DELETE", "/v1/models/smol", ""); status != 400 || !strings.Contains(body, "hone models rm smol") {
-		t.Errorf("delete of a base model: %d %s", status, body)
+	job, err := r.jobs.Create(t.Context(), finetune.Spec{Model: "smol", TrainingFile: r.upload(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, body := r.do(t, "DELETE", "/v1/models/smol", "")
+	wantError(t, "delete of a base model in use", status, body, 409, "model", "model_in_use", "base model of job "+job.ID+", "+name+";")
+	if _, err := r.jobs.Cancel(t.Context(), job.ID); err != nil {
+		t.Fatal(err)
 	}
 	if resp, err := r.client().DeleteFineTuneModel(t.Context(), name); err != nil || !resp.Deleted || resp.ID != name {
 		t.Errorf("delete: %+v, %v", resp, err)
 	}
 	if status, _ := r.do(t, "GET", "/v1/models/"+name, ""); status != 404 {
 		t.Errorf("after the deletion: %d", status)
+	}
+	if status, body := r.do(t, "DELETE", "/v1/models/smol", ""); status != 200 || body != `{"id":"smol","object":"model","deleted":true}`+"\n" {
+		t.Errorf("delete of a base model that nothing needs: %d %s", status, body)
+	}
+	for _, id := range []string{"a%2Fb", "a/b", "ft:a%2Fb:local::c", "ft:a/b:local::c"} {
+		status, body := r.do(t, "DELETE", "/v1/models/"+id, "")
+		wantError(t, id, status, body, 404, "model", "model_not_found", strings.ReplaceAll(id, "%2F", "/"))
+	}
+}
+
+// A tuned model that is deleted while it answers is gone at once, and its streams come to their end with its weights there.
+func TestDeleteWhileServing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	name := r.tuned(t, smolDigest)
+	adapter, err := r.registry.Lookup(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.echo.hold = make(chan struct{})
+	stream, err := r.client().CreateChatCompletionStream(t.Context(), openai.ChatCompletionRequest{
+		Model: name, Messages: []openai.ChatCompletionMessage{{Role: "user", Content: "one hold two"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	text := ""
+	next := func() error {
+		chunk, err := stream.Recv()
+		if err == nil && len(chunk.Choices) > 0 {
+			text += chunk.Choices[0].Delta.Content
+		}
+		return err
+	}
+	for text == "" {
+		if err := next(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if status, body := r.do(t, "DELETE", "/v1/models/"+name, ""); status != 200 {
+		t.Errorf("delete: %d %s", status, body)
+	}
+	if status, _ := r.do(t, "GET", "/v1/models/"+name, ""); status != 404 {
+		t.Errorf("after the deletion: %d", status)
+	}
+	if _, err := os.Stat(adapter.GGUF()); err != nil {
+		t.Errorf("the weights of a running stream: %v", err)
+	}
+	close(r.echo.hold)
+	for err = next(); err == nil; err = next() { //nolint:revive // next collects
+	}
+	if !errors.Is(err, io.EOF) || text != "one hold two" {
+		t.Errorf("the stream ended with %v after %q", err, text)
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(adapter.Dir); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the files of the deleted model are still there")
+		}
 	}
 }
 

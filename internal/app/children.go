@@ -41,6 +41,14 @@ func (b baseModels) Get(_ context.Context, name string) (server.BaseModel, error
 	return baseModel(m), nil
 }
 
+func (b baseModels) Delete(_ context.Context, name string) error {
+	err := b.store.Remove(name)
+	if errors.Is(err, models.ErrNotFound) {
+		return fmt.Errorf("%w: %q", finetune.ErrUnknownModel, name)
+	}
+	return err
+}
+
 // Base is what finetune asks.
 func (b baseModels) Base(ctx context.Context, name string) (dir, digest string, err error) {
 	m, err := b.Get(ctx, name)

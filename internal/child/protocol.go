@@ -227,6 +227,7 @@ const (
 	// messages say what would help.
 	CodeInsufficientMemory = "insufficient_memory"
 	CodeDiverged           = "training_diverged"
+	CodeDiskFull           = "disk_full" // of a trainer: no space left; the job goes on when there is room
 )
 
 // TrainerConfig is the first line of a trainer's standard input: one attempt at one job.

@@ -24,11 +24,14 @@ import (
 func newFineTuneCommand(s streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "finetune",
-		Short: "Create, follow and cancel fine-tuning jobs of a running server",
+		Short: "Create, follow, pause and cancel fine-tuning jobs of a running server",
 		Args:  wrongUsage(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newFineTuneCreateCommand(s), newFineTuneListCommand(s), newFineTuneWatchCommand(s), newFineTuneCancelCommand(s),
+	cmd.AddCommand(newFineTuneCreateCommand(s), newFineTuneListCommand(s), newFineTuneWatchCommand(s),
+		newFineTuneActCommand(s, "cancel", "End a job", (*client.Client).CancelJob),
+		newFineTuneActCommand(s, "pause", "Let a job wait until it is resumed: a running one saves its state", (*client.Client).PauseJob),
+		newFineTuneActCommand(s, "resume", "Let a paused job go on", (*client.Client).ResumeJob),
 		newFineTuneCheckpointsCommand(s))
 	for _, sub := range cmd.Commands() {
 		addServerFlags(sub)
@@ -259,6 +262,9 @@ func jobTable(jobs []client.FineTuningJob) string {
 		case j.Hone != nil && j.Hone.Progress != nil && j.Hone.Progress.TotalSteps > 0:
 			progress = fmt.Sprintf("step %d of %d", j.Hone.Progress.Step, j.Hone.Progress.TotalSteps)
 		}
+		if j.Hone != nil && j.Hone.Paused != "" {
+			progress = strings.TrimSpace("paused " + progress)
+		}
 		t.AppendRow(table.Row{j.ID, j.Status, j.Model, tuned, time.Unix(j.CreatedAt, 0).Format("2006-01-02 15:04"), progress})
 	}
 	return t.Render()
@@ -288,21 +294,26 @@ func newFineTuneWatchCommand(s streams) *cobra.Command {
 	}
 }
 
-func newFineTuneCancelCommand(s streams) *cobra.Command {
+// newFineTuneActCommand is a command that does one thing to a job.
+func newFineTuneActCommand(s streams, name, short string, act func(c *client.Client, ctx context.Context, id string) (client.FineTuningJob, error)) *cobra.Command {
 	return &cobra.Command{
-		Use:   "cancel JOB",
-		Short: "End a job",
+		Use:   name + " JOB",
+		Short: short,
 		Args:  wrongUsage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := newClient(cmd)
 			if err != nil {
 				return err
 			}
-			job, err := c.CancelJob(cmd.Context(), args[0])
+			job, err := act(c, cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(s.out, job.ID, job.Status)
+			status := job.Status
+			if job.Hone != nil && job.Hone.Paused != "" {
+				status += " (paused)"
+			}
+			_, err = fmt.Fprintln(s.out, job.ID, status)
 			return err
 		},
 	}

@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 )
 
 // Job is a fine-tuning job's row. What its JSON columns hold is for package finetune to say.
@@ -49,6 +51,10 @@ type Job struct {
 	CheckpointStep int    // of the newest checkpoint that was taken up
 
 	ValidChoiceAccuracy *float64
+
+	Paused     string  // why the job waits although it could run; "" if it may run
+	DiskBytes  int64   // that have to be free before the next attempt
+	RunSeconds float64 // of all attempts
 }
 
 // Event is one row of a job's log. UpdateJob and CreateJob fill ID, JobID and CreatedAt.
@@ -73,7 +79,7 @@ type JobUpdate struct {
 	// Change edits the row; an error from it undoes everything and is returned. It may not change the id.
 	Change func(job *Job) error
 	Events []Event
-	// Results are produced files; their ids are appended to the row's ResultFiles.
+	// Results are produced files; their ids come first in the row's ResultFiles, so that the first is the newest.
 	Results []Result
 }
 
@@ -87,7 +93,8 @@ type Result struct {
 const jobColumns = `id, created_at, finished_at, status, attempt, failures, saved_step, model, base_digest,
 	training_file, validation_file, suffix, seed, method, adapter_id, adapter_name, requested, options, metadata, plan,
 	result_files, fine_tuned_model, error_code, error_message, error_param, step, total_steps, trained_tokens,
-	train_loss, train_accuracy, valid_step, valid_loss, valid_accuracy, start_adapter, checkpoint_step, valid_choice_accuracy`
+	train_loss, train_accuracy, valid_step, valid_loss, valid_accuracy, start_adapter, checkpoint_step, valid_choice_accuracy,
+	paused, disk_bytes, run_seconds`
 
 // jobValues are the placeholders of jobColumns.
 var jobValues = "?" + strings.Repeat(", ?", strings.Count(jobColumns, ","))
@@ -98,7 +105,8 @@ func scanJob(row interface{ Scan(...any) error }) (Job, error) {
 	err := row.Scan(&j.ID, &j.CreatedAt, &j.FinishedAt, &j.Status, &j.Attempt, &j.Failures, &j.SavedStep, &j.Model, &j.BaseDigest,
 		&j.TrainingFile, &j.ValidationFile, &j.Suffix, &j.Seed, &j.Method, &j.AdapterID, &j.AdapterName, &requested, &options, &metadata, &plan,
 		&results, &j.FineTunedModel, &j.ErrorCode, &j.ErrorMessage, &j.ErrorParam, &j.Step, &j.TotalSteps, &j.TrainedTokens,
-		&j.TrainLoss, &j.TrainAccuracy, &j.ValidStep, &j.ValidLoss, &j.ValidAccuracy, &j.StartAdapter, &j.CheckpointStep, &j.ValidChoiceAccuracy)
+		&j.TrainLoss, &j.TrainAccuracy, &j.ValidStep, &j.ValidLoss, &j.ValidAccuracy, &j.StartAdapter, &j.CheckpointStep, &j.ValidChoiceAccuracy,
+		&j.Paused, &j.DiskBytes, &j.RunSeconds)
 	if err != nil {
 		return Job{}, err
 	}
@@ -134,7 +142,8 @@ func (j *Job) values() ([]any, error) {
 	return []any{j.ID, j.CreatedAt, j.FinishedAt, j.Status, j.Attempt, j.Failures, j.SavedStep, j.Model, j.BaseDigest,
 		j.TrainingFile, j.ValidationFile, j.Suffix, j.Seed, j.Method, j.AdapterID, j.AdapterName, string(j.Requested), string(j.Options), string(metadata), string(j.Plan),
 		string(results), j.FineTunedModel, j.ErrorCode, j.ErrorMessage, j.ErrorParam, j.Step, j.TotalSteps, j.TrainedTokens,
-		j.TrainLoss, j.TrainAccuracy, j.ValidStep, j.ValidLoss, j.ValidAccuracy, j.StartAdapter, j.CheckpointStep, j.ValidChoiceAccuracy}, nil
+		j.TrainLoss, j.TrainAccuracy, j.ValidStep, j.ValidLoss, j.ValidAccuracy, j.StartAdapter, j.CheckpointStep, j.ValidChoiceAccuracy,
+		j.Paused, j.DiskBytes, j.RunSeconds}, nil
 }
 
 // CreateJob adds the job with its first events. Its files and the adapter that it starts from must exist, so that they
@@ -190,18 +199,32 @@ func (s *Store) Job(ctx context.Context, id string) (Job, error) {
 	return job, nil
 }
 
-// Jobs returns a page of jobs, newest first, and whether there are more. after is the id that the page before ended with,
-// or "" for the first page; ErrNotFound if there is no such job.
-func (s *Store) Jobs(ctx context.Context, after string, limit int) (jobs []Job, more bool, err error) {
-	query, args := `SELECT `+jobColumns+` FROM jobs`, []any{}
-	if after != "" {
-		seq, err := s.cursor(ctx, "jobs", after)
+// JobQuery selects jobs of a listing.
+type JobQuery struct {
+	After      string            // the id that the page before ended with; "" for the first page
+	Limit      int               // at most so many
+	Metadata   map[string]string // pairs that a job must have, all of them
+	NoMetadata bool              // only jobs without any
+}
+
+// Jobs returns a page of jobs, newest first, and whether there are more. It returns ErrNotFound if there is no job q.After.
+func (s *Store) Jobs(ctx context.Context, q JobQuery) (jobs []Job, more bool, err error) {
+	query, args := `SELECT `+jobColumns+` FROM jobs WHERE true`, []any{}
+	if q.After != "" {
+		seq, err := s.cursor(ctx, "jobs", q.After)
 		if err != nil {
 			return nil, false, fmt.Errorf("list jobs: %w", err)
 		}
-		query, args = query+` WHERE seq < ?`, append(args, seq)
+		query, args = query+` AND seq < ?`, append(args, seq)
 	}
-	rows, err := s.reader.QueryContext(ctx, query+` ORDER BY seq DESC LIMIT ?`, append(args, limit+1)...)
+	if q.NoMetadata {
+		query += ` AND metadata = '{}'`
+	}
+	for key, value := range q.Metadata {
+		query += ` AND EXISTS (SELECT 1 FROM json_each(jobs.metadata) WHERE key = ? AND value = ?)`
+		args = append(args, key, value)
+	}
+	rows, err := s.reader.QueryContext(ctx, query+` ORDER BY seq DESC LIMIT ?`, append(args, q.Limit+1)...)
 	if err != nil {
 		return nil, false, fmt.Errorf("list jobs: %w", err)
 	}
@@ -209,7 +232,7 @@ func (s *Store) Jobs(ctx context.Context, after string, limit int) (jobs []Job, 
 	if err != nil {
 		return nil, false, fmt.Errorf("list jobs: %w", err)
 	}
-	jobs, more = cut(jobs, limit)
+	jobs, more = cut(jobs, q.Limit)
 	return jobs, more, nil
 }
 
@@ -247,7 +270,7 @@ func (s *Store) updateJob(ctx context.Context, u JobUpdate) (job Job, err error)
 		s.blobs.Lock()
 		defer s.blobs.Unlock()
 	}
-	for _, result := range u.Results {
+	for _, result := range slices.Backward(u.Results) {
 		blob, err := s.stage(ctx, bytes.NewReader(result.Content))
 		if err == nil {
 			err = s.publish(blob)
@@ -277,7 +300,7 @@ func (s *Store) updateJob(ctx context.Context, u JobUpdate) (job Job, err error)
 			if err := insertFile(ctx, tx, file); err != nil {
 				return err
 			}
-			job.ResultFiles = append(job.ResultFiles, file.ID)
+			job.ResultFiles = append([]string{file.ID}, job.ResultFiles...)
 		}
 		return s.putJob(ctx, tx, &job, u.Events)
 	})
@@ -325,11 +348,16 @@ func scanEvent(row interface{ Scan(...any) error }) (Event, error) {
 	return e, err
 }
 
-// Events returns a page of a job's events, newest first, and whether there are more. after is as in Jobs.
+// Events returns a page of a job's events, newest first, and whether there are more. after is the id that the page before
+// ended with, or ""; ErrNotFound if the job has no such event.
 func (s *Store) Events(ctx context.Context, jobID, after string, limit int) (events []Event, more bool, err error) {
 	query, args := `SELECT `+eventColumns+` FROM job_events WHERE job_id = ?`, []any{jobID}
 	if after != "" {
-		seq, err := s.cursor(ctx, "job_events", after)
+		var seq int64
+		err := s.reader.QueryRowContext(ctx, `SELECT seq FROM job_events WHERE id = ? AND job_id = ?`, after, jobID).Scan(&seq)
+		if errors.Is(err, sql.ErrNoRows) {
+			err = fmt.Errorf("after %q: %w", after, ErrNotFound)
+		}
 		if err != nil {
 			return nil, false, fmt.Errorf("list events of job %q: %w", jobID, err)
 		}
@@ -373,4 +401,22 @@ func (s *Store) MetricsAt(ctx context.Context, jobID string, step int) ([]Event,
 		return nil, fmt.Errorf("metrics of job %q at step %d: %w", jobID, step, err)
 	}
 	return events, nil
+}
+
+// RemoveEvents removes the events of jobs that reached a final state before the given time, but for the last of each, which
+// says how it ended.
+func (s *Store) RemoveEvents(ctx context.Context, finishedBefore time.Time) (removed int64, err error) {
+	err = s.write(ctx, func(tx *sql.Tx) error {
+		result, err := tx.ExecContext(ctx, `DELETE FROM job_events WHERE job_id IN (SELECT id FROM jobs WHERE finished_at BETWEEN 1 AND ?)
+			AND seq NOT IN (SELECT max(seq) FROM job_events GROUP BY job_id)`, finishedBefore.Unix()-1)
+		if err != nil {
+			return err
+		}
+		removed, err = result.RowsAffected()
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("remove old events: %w", err)
+	}
+	return removed, nil
 }

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// Claim gives owner the next job to run and raises its attempt: a running one that nobody holds before a queued one,
-// the oldest first. It returns ErrNotFound if there is none.
+// Claim gives owner the next job to run that is not paused and raises its attempt: a running one that nobody holds before a
+// queued one, the oldest first. It returns ErrNotFound if there is none.
 //
 // A job is held while its lease has not expired. What owner itself holds counts as free: an owner runs one job at a time,
 // so one that claims again has lost the job it had. change edits the row as in JobUpdate and returns the events of the claim.
@@ -19,7 +19,7 @@ func (s *Store) Claim(ctx context.Context, owner string, ttl time.Duration, chan
 		now := s.now()
 		var err error
 		job, err = scanJob(tx.QueryRowContext(ctx, `SELECT `+jobColumns+` FROM jobs
-			WHERE status IN ('running', 'queued') AND NOT EXISTS (
+			WHERE status IN ('running', 'queued') AND paused = '' AND NOT EXISTS (
 				SELECT 1 FROM leases WHERE job_id = jobs.id AND owner <> ? AND expires_at > ?)
 			ORDER BY status = 'running' DESC, seq LIMIT 1`, owner, now.UnixMilli()))
 		if errors.Is(err, sql.ErrNoRows) {

@@ -23,10 +23,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/pressly/goose/v3"
-	_ "modernc.org/sqlite" // registers the driver "sqlite"
+	"modernc.org/sqlite" // registers the driver "sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 //go:embed migrations/*.sql
@@ -176,8 +178,17 @@ func (s *Store) Ping(ctx context.Context) error {
 	return s.reader.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
 }
 
-// write runs do in one transaction of the writer. The transaction is on disk when write returns nil.
+// write runs do in one transaction of the writer. The transaction is on disk when write returns nil. SQLite's word for a
+// full disk is joined by the system's, syscall.ENOSPC, which callers look for.
 func (s *Store) write(ctx context.Context, do func(tx *sql.Tx) error) error {
+	err := s.transact(ctx, do)
+	if full := new(sqlite.Error); errors.As(err, &full) && full.Code()&0xff == sqlite3.SQLITE_FULL {
+		return fmt.Errorf("%w: %w", syscall.ENOSPC, err)
+	}
+	return err
+}
+
+func (s *Store) transact(ctx context.Context, do func(tx *sql.Tx) error) error {
 	tx, err := s.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("begin: %w", err)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 	"github.com/hone-llm/hone/internal/graph"
@@ -42,7 +43,8 @@ var errOrphaned = errors.New("the server that started this trainer is gone")
 
 // Run trains the job until it is done, stopped or failed, and writes its events, one JSON object a line. A command
 // "stop", or the end of ctx, saves a resume state and returns nil without the event done; the end of commands (the parent died) returns an
-// error. A job that cannot succeed by being tried again ends with the event failed and nil; other errors are returned.
+// error. A job that cannot succeed by being tried again ends with the event failed and nil, and so does an attempt that found the
+// disk full (child.CodeDiskFull); other errors are returned.
 func Run(ctx context.Context, config child.TrainerConfig, commands io.Reader, events io.Writer) error {
 	t := &trainer{config: config, started: time.Now(), threads: config.Threads}
 	if t.threads == 0 {
@@ -69,6 +71,8 @@ func Run(ctx context.Context, config child.TrainerConfig, commands io.Reader, ev
 		return nil
 	case errors.As(err, &failure):
 		return t.emit(child.TrainerEvent{Type: child.EventFailed, Error: failure})
+	case durable.DiskFull(err):
+		return t.emit(child.TrainerEvent{Type: child.EventFailed, Error: &child.Error{Code: child.CodeDiskFull, Message: err.Error()}})
 	}
 	return err
 }

@@ -119,6 +119,15 @@ type FineTuningDetails struct {
 	Options  json.RawMessage     `json:"options,omitempty"`
 	Plan     json.RawMessage     `json:"plan,omitempty"`
 	Progress *FineTuningProgress `json:"progress,omitempty"` // once the job has run
+	Usage    *FineTuningUsage    `json:"usage,omitempty"`    // once the job has run
+	// Paused says why a job that could run waits: requested, disk_full. Its status is queued, or validating_files.
+	Paused string `json:"paused,omitempty"`
+}
+
+// FineTuningUsage is what a job has taken so far.
+type FineTuningUsage struct {
+	TrainedTokens int64   `json:"trained_tokens"`
+	RunSeconds    float64 `json:"run_seconds"` // of all attempts
 }
 
 // FineTuningProgress says how far a job is. Losses are means over tokens, in nats; nil has not been measured.
@@ -166,6 +175,19 @@ type FineTuningJobEvent struct {
 	Message   string          `json:"message"`
 	Type      string          `json:"type"` // message, metrics
 	Data      json.RawMessage `json:"data"` // an object, {} for messages
+}
+
+// CheckpointPermission says that a project may use a checkpoint.
+type CheckpointPermission struct {
+	ID        string `json:"id"`     // cp_...
+	Object    string `json:"object"` // checkpoint.permission
+	CreatedAt int64  `json:"created_at"`
+	ProjectID string `json:"project_id"`
+}
+
+// CheckpointPermissionRequest is the body of POST /v1/fine_tuning/checkpoints/{checkpoint}/permissions.
+type CheckpointPermissionRequest struct {
+	ProjectIDs []string `json:"project_ids"`
 }
 
 // FineTuningJobCheckpoint is a servable state of a job before its end.

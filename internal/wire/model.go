@@ -5,7 +5,8 @@ type Model struct {
 	ID      string        `json:"id"`
 	Object  string        `json:"object"` // model
 	Created int64         `json:"created"`
-	OwnedBy string        `json:"owned_by"` // hone for a base model, user for a tuned one
+	OwnedBy string        `json:"owned_by"`         // hone for a base model, user for a tuned one
+	Parent  string        `json:"parent,omitempty"` // base model of a tuned one: vLLM's field
 	Hone    *ModelDetails `json:"hone,omitempty"`
 }
 
