@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"mime"
 	"net/http"
 	"reflect"
 	"slices"
@@ -22,19 +21,36 @@ import (
 const maxBodyBytes = 32 << 20
 
 // decode reads the request's body, one JSON object, into dst. Each check gets the object's fields first, to refuse what
-// dst has no field for. The error is a *wire.Error: 400 with the offending field, or 413.
+// dst has no field for. The error is a *wire.Error: 400 with the offending field, 413 or 415.
 func decode(c *gin.Context, dst any, checks ...func(fields map[string]json.RawMessage) error) error {
-	if media, _, _ := mime.ParseMediaType(c.ContentType()); strings.HasPrefix(media, "multipart/") {
-		return invalid("", "expected a JSON body, not %s", media)
+	if media := c.ContentType(); !isJSON(media) {
+		return wrongMedia("expected a JSON body (Content-Type: application/json), not %s", media)
 	}
 	if encoding := c.GetHeader("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return invalid("", "the body's Content-Encoding is %q; send it uncompressed", encoding)
+		return wrongMedia("the body's Content-Encoding is %q; send it uncompressed", encoding)
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(c.Writer, c.Request.Body, maxBodyBytes))
 	if err != nil {
 		return readError(err, "body")
 	}
 	return decodeJSON(body, dst, checks...)
+}
+
+// isJSON says whether a body of this media type is read as JSON. Those that are not JSON's own are what curl -d and other
+// clients send without being told.
+func isJSON(media string) bool {
+	switch media = strings.ToLower(media); media {
+	case "", "application/json", "text/json", "text/plain", "application/x-www-form-urlencoded":
+		return true
+	}
+	return strings.HasPrefix(media, "application/") && strings.HasSuffix(media, "+json")
+}
+
+// wrongMedia is a 415.
+func wrongMedia(format string, args ...any) *wire.Error {
+	e := invalid("", format, args...)
+	e.Status, e.Code = http.StatusUnsupportedMediaType, new("unsupported_media_type")
+	return e
 }
 
 // readError explains why a body could not be read; what names it.

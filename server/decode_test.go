@@ -174,9 +174,9 @@ func TestBodyTooLarge(t *testing.T) {
 	status, body := r.do(t, http.MethodPost, "/v1/chat/completions", `{"user":"`+strings.Repeat("x", maxBodyBytes)+`"}`)
 	wantError(t, "32 MiB and more", status, body, 413, "", "request_too_large", "longer than 32 MiB")
 	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Encoding", "gzip")
-	wantError(t, "compressed", status, body, 400, "", "", "uncompressed")
+	wantError(t, "compressed", status, body, 415, "", "unsupported_media_type", "uncompressed")
 	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Type", "multipart/form-data; boundary=x")
-	wantError(t, "form", status, body, 400, "", "", "expected a JSON body")
+	wantError(t, "form", status, body, 415, "", "unsupported_media_type", "expected a JSON body")
 }
 
 func TestRetryAfter(t *testing.T) {

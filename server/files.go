@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,9 @@ var purposes = []string{"fine-tune", "assistants", "batch", "vision", "user_data
 func (s *Server) createFile(c *gin.Context) error {
 	c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, maxFileBytes+maxFormBytes)
 	form, err := c.Request.MultipartReader()
+	if errors.Is(err, http.ErrNotMultipart) {
+		return wrongMedia("expected a multipart/form-data body with the fields purpose and file, not %s", cmp.Or(c.ContentType(), "one without a Content-Type"))
+	}
 	if err != nil {
 		return invalid("file", "expected a multipart/form-data body with the fields purpose and file: %v", err)
 	}

@@ -91,6 +91,7 @@ func (s *Server) Handler() http.Handler { return s.engine }
 func (s *Server) route() {
 	e := s.engine
 	e.GET("/health", s.handle(s.health))
+	e.GET("/openapi.json", s.handle(s.openAPI))
 	v1 := e.Group("/v1")
 	v1.POST("/chat/completions", s.handle(s.chatCompletion))
 	v1.POST("/completions", s.handle(s.completion))
@@ -235,8 +236,5 @@ func (s *Server) health(c *gin.Context) error {
 	if states == nil {
 		states = []child.ModelState{}
 	}
-	return encode(c, http.StatusOK, struct {
-		Status string             `json:"status"`
-		Models []child.ModelState `json:"models"`
-	}{"ok", states})
+	return encode(c, http.StatusOK, healthAnswer{"ok", states})
 }

@@ -680,7 +680,7 @@ func TestUploadForms(t *testing.T) {
 		}
 	}
 	status, body := r.do(t, "POST", "/v1/files", `{"purpose":"fine-tune"}`, "Content-Type", "application/json")
-	wantError(t, "JSON", status, body, 400, "file", "", "multipart/form-data")
+	wantError(t, "JSON", status, body, 415, "", "unsupported_media_type", "multipart/form-data")
 }
 
 func TestFileLimit(t *testing.T) {

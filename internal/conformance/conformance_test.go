@@ -40,7 +40,11 @@ func TestMain(m *testing.M) {
 //go:embed testdata/openai.json
 var openaiJSON []byte
 
-const openaiDocument = "openai.json"
+// Names of the documents.
+const (
+	openaiDocument = "openai.json"
+	ownDocument    = "hone.json"
+)
 
 const model = "SmolLM2-135M-Instruct"
 
@@ -146,6 +150,12 @@ func start(t *testing.T) *server {
 	}
 	s := &server{t: t, url: "http://" + a.Addr(), checker: &checker{t: t, documents: []*document{openai}}}
 	s.client = &http.Client{Transport: s.checker}
+	own, err := newDocument(ownDocument, "", s.send(http.StatusOK, http.MethodGet, "/openapi.json", "").body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.checker.documents = append(s.checker.documents, own)
+	s.send(http.StatusOK, http.MethodGet, "/openapi.json", "")
 	return s
 }
 
