@@ -114,6 +114,8 @@ struct ggml_tensor *ggml_clamp(struct ggml_context *ctx, struct ggml_tensor *a, 
 struct ggml_tensor *ggml_log(struct ggml_context *ctx, struct ggml_tensor *a);
 struct ggml_tensor *ggml_concat(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b, int dim);
 struct ggml_tensor *ggml_cont(struct ggml_context *ctx, struct ggml_tensor *a);
+struct ggml_tensor *ggml_cast(struct ggml_context *ctx, struct ggml_tensor *a, unsigned int type);
+struct ggml_tensor *ggml_out_prod(struct ggml_context *ctx, struct ggml_tensor *a, struct ggml_tensor *b);
 struct ggml_tensor *ggml_transpose(struct ggml_context *ctx, struct ggml_tensor *a);
 struct ggml_tensor *ggml_view_4d(struct ggml_context *ctx, struct ggml_tensor *a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
 	size_t nb1, size_t nb2, size_t nb3, size_t offset);

@@ -385,8 +385,8 @@ func (x *Context) ScatterRows(into, v, index Tensor, tokens int) Tensor {
 
 // Graph is a list of nodes in the order in which they are computed.
 type Graph struct {
-	c     *C.struct_ggml_cgraph
-	nodes int
+	c       *C.struct_ggml_cgraph
+	checked bool // by Backend.Check
 }
 
 // NewGraph makes a graph in the context, which NewContext made with room for as many nodes.
@@ -503,15 +503,31 @@ func (b *Backend) prepare(g *Graph, a *Allocator) error {
 	if !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
 		return fmt.Errorf("allocate a graph of %d nodes: %w", g.Nodes(), ErrMemory)
 	}
-	for i := range g.Nodes() {
-		if node := C.ggml_graph_node(g.c, C.int(i)); !bool(C.ggml_backend_supports_op(b.c, node)) {
-			return fmt.Errorf("node %d of the graph: operation %s is not supported by this backend", i, C.GoString(C.ggml_op_desc(node)))
-		}
+	if err := b.Check(g); err != nil {
+		return err
 	}
 	b.nodes.Store(int32(g.Nodes()))
 	atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.nodes)), 0)
 	return nil
 }
+
+// Check returns an error if the backend lacks an operation of the finished graph. Compute checks, too; a graph that is
+// made while another one is computed can be checked in that time.
+func (b *Backend) Check(g *Graph) error {
+	if g.checked {
+		return nil
+	}
+	for i := range g.Nodes() {
+		if node := C.ggml_graph_node(g.c, C.int(i)); !b.Supports(Tensor{node}) {
+			return fmt.Errorf("node %d of the graph: operation %s is not supported by this backend", i, C.GoString(C.ggml_op_desc(node)))
+		}
+	}
+	g.checked = true
+	return nil
+}
+
+// Supports says whether the backend can compute a node.
+func (b *Backend) Supports(t Tensor) bool { return bool(C.ggml_backend_supports_op(b.c, t.c)) }
 
 func (b *Backend) compute(g *Graph) error {
 	if b.device != nil {

@@ -28,6 +28,18 @@ func (x *Context) Transpose(t Tensor) Tensor {
 	return Tensor{C.ggml_cont(x.c, C.ggml_transpose(x.c, t.c))}
 }
 
+// TransposedView exchanges the first two dimensions of t without moving anything; few operations take it.
+func (x *Context) TransposedView(t Tensor) Tensor { return Tensor{C.ggml_transpose(x.c, t.c)} }
+
+// OutProduct is the sum over k of a[:, k] (outer) b[:, k]: a [n, k], b [m, k] -> [n, m] in ne order, for each of the
+// further dimensions. b may be a TransposedView. Vulkan and Metal lack it.
+func (x *Context) OutProduct(a, b Tensor) Tensor { return Tensor{C.ggml_out_prod(x.c, a.c, b.c)} }
+
+// Convert is a as another type, in new memory.
+func (x *Context) Convert(a Tensor, t Type) Tensor {
+	return Tensor{C.ggml_cast(x.c, a.c, C.uint(t))}
+}
+
 // AddInPlace adds b to a and returns a, which may be a view of a tensor outside of the graph.
 func (x *Context) AddInPlace(a, b Tensor) Tensor { return Tensor{C.ggml_add_inplace(x.c, a.c, b.c)} }
 

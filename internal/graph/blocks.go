@@ -9,11 +9,12 @@ import (
 // CPU (fused.go), ggml's own operations elsewhere (plain.go), which also run on the CPU as the reference of the fused
 // ones. Tensors are float32, contiguous, [width, T] in ne order; T is the number of tokens.
 type blocks interface {
-	// limits bounds a step's graph.
-	limits(vocabulary int) limits
-	// begin describes the inputs that the blocks need besides those of the step, at most extraInputs, and returns a
-	// function that fills them once they have memory.
-	begin(s *step, b engine.Batch, inputs *ggml.Context) (fill func(), err error)
+	// limits bounds a step's graph; small saves memory where that costs time.
+	limits(vocabulary int, small bool) limits
+	// begin returns the blocks of one step, which another goroutine may build while those of a step before are in use. It
+	// describes the inputs that they need besides those of the step, at most extraInputs, and returns a function that
+	// fills these once they have memory.
+	begin(s *step, b engine.Batch, inputs *ggml.Context) (own blocks, fill func(), err error)
 	// weigh sets the targets' weights: once before the computation, and again after Batch.Weigh.
 	weigh(s *step, b engine.Batch, weights []float32)
 	// memory is what the blocks hold on the device between steps, in bytes.

@@ -10,11 +10,13 @@ type fused struct{}
 
 // limits lets the head take 64 MiB of logits at once, or 128 positions: twice as many read its weights half as often,
 // which is 4% of a forward pass with logits everywhere.
-func (fused) limits(vocabulary int) limits {
+func (fused) limits(vocabulary int, _ bool) limits {
 	return limits{nodesPerLayer: 200, headTokens: min(256, max(128, 1<<24/vocabulary/64*64)), prune: true}
 }
 
-func (fused) begin(*step, engine.Batch, *ggml.Context) (func(), error) { return func() {}, nil }
+func (f fused) begin(*step, engine.Batch, *ggml.Context) (blocks, func(), error) {
+	return f, func() {}, nil
+}
 
 func (fused) weigh(s *step, _ engine.Batch, weights []float32) { s.targets.weights.SetFloats(weights) }
 

@@ -103,6 +103,7 @@ type LoRA struct {
 	context               *ggml.Context
 	buffer                *ggml.Buffer
 
+	model *Model
 	apart [2]*ggml.Buffer // of Parameters and Gradients where the host cannot reach the device's memory
 	host  bool
 }
@@ -138,7 +139,7 @@ func (m *Model) describeLoRA(o LoRAOptions) (*LoRA, error) {
 		return nil, fmt.Errorf("dropout %g: expected at least 0 and less than 1", o.Dropout)
 	}
 	gpu := m.backend.GPU()
-	l := &LoRA{LoRAOptions: o, PaddedRank: paddedRank(o.Rank), host: !gpu}
+	l := &LoRA{LoRAOptions: o, model: m, PaddedRank: paddedRank(o.Rank), host: !gpu}
 	if gpu {
 		l.PaddedRank = (o.Rank + 7) / 8 * 8
 	}
@@ -173,6 +174,7 @@ func paddedRank(rank int) int { return (rank + 15) / 16 * 16 }
 // Close frees the adapter's memory; it may be called twice.
 func (l *LoRA) Close() {
 	if l != nil {
+		l.model.dropAhead()
 		l.buffer.Free()
 		l.apart[0].Free()
 		l.apart[1].Free()

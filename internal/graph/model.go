@@ -69,6 +69,8 @@ type Model struct {
 	head        linear
 	ropeFactors ggml.Tensor
 
+	announced, ahead *ahead // the next micro-batch, and the one that is being made or ready
+
 	inspect func(*ggml.Graph)     // tests look at a step's graph
 	costs   *map[string]ggml.Cost // of the running Profile
 }
@@ -273,6 +275,7 @@ func (m *Model) Close() {
 	if m == nil {
 		return
 	}
+	m.dropAhead()
 	m.allocator.Free()
 	m.blocks.close()
 	m.buffer.Free()

@@ -15,10 +15,11 @@ import (
 // ROCm and CUDA multiply float32 operands in TF32, with a relative error of 5e-4: LoRA, attention and, with float32
 // weights, everything.
 type plain struct {
-	backend *ggml.Backend
-	masks   masks
+	backend  *ggml.Backend
+	masks    *masks
+	composed bool // of MulMat and Transpose is what OutProduct would compute: the device lacks it
 
-	// of the running step
+	// of one step
 	grouping    grouping
 	mask        ggml.Tensor // float32 [keys, queries, 1, groups], 0 or -inf
 	queryRows   ggml.Tensor // int32: rows of q [d, heads*T] that make [d, queries, heads, groups]
@@ -33,23 +34,44 @@ type plain struct {
 	labelRows, labelColumns    ggml.Tensor              // int32 [targets]: index of the label in its chunk's logits, and of its column
 	labelWeights, columnWeight ggml.Tensor              // float32, scaled: [targets], and their sums [1, positions]
 	picked                     ggml.Tensor              // what pick took from
-	drops                      map[int]dropped          // of each part's loraDown, for its gradients
+	drops                      map[int]ggml.Tensor      // dropout(x) of each part's loraDown, for its gradients
 	gathered                   map[ggml.Tensor]gathered // of the q of each attention
 }
-
-// dropped is x with dropout and the mask.
-type dropped struct{ x, mask ggml.Tensor }
 
 // gathered are the operands of an attention, by group.
 type gathered struct{ q, k, v ggml.Tensor }
 
 func newPlain(backend *ggml.Backend) *plain {
-	return &plain{backend: backend}
+	p := &plain{backend: backend, masks: &masks{}}
+	x := ggml.NewContext(4, 0)
+	defer x.Free()
+	p.composed = !backend.Supports(x.OutProduct(x.New(ggml.F32, 8, 8), x.TransposedView(x.New(ggml.F32, 8, 8))))
+	return p
 }
 
-// limits lets the head take about 256 MiB of logits at once.
-func (p *plain) limits(vocabulary int) limits {
-	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, 1<<26/vocabulary/128*128))}
+// across is the sum over k of a[:, k] (outer) b[:, k]: a [n, k], b [m, k] -> [n, m].
+func (p *plain) across(s *step, a, b ggml.Tensor) ggml.Tensor {
+	if p.composed {
+		return s.ctx.MulMat(s.ctx.Transpose(a), s.ctx.Transpose(b))
+	}
+	return s.ctx.OutProduct(a, b)
+}
+
+// along is the sum over k of a[:, k] (outer) b[k, :]: a [n, k], b [k, m] -> [n, m].
+func (p *plain) along(s *step, a, b ggml.Tensor) ggml.Tensor {
+	if p.composed {
+		return s.ctx.MulMat(s.ctx.Transpose(a), b)
+	}
+	return s.ctx.OutProduct(a, s.ctx.TransposedView(b))
+}
+
+// limits lets the head take about 256 MiB of logits at once, or half of that.
+func (p *plain) limits(vocabulary int, small bool) limits {
+	values := 1 << 26
+	if small {
+		values /= 2
+	}
+	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, values/vocabulary/128*128))}
 }
 
 func (p *plain) memory() int {
@@ -61,20 +83,23 @@ func (p *plain) memory() int {
 
 func (p *plain) close() { p.masks.free() }
 
-func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), error) {
+func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (blocks, func(), error) {
 	if s.seeds.Valid() {
 		width := 0
 		for _, part := range s.lora.Parts {
 			width = max(width, part.In)
 		}
-		if err := p.masksFor(s.lora.Dropout, width); err != nil {
-			return nil, err
+		if err := p.masks.make(p.backend, s.lora.Dropout, width); err != nil {
+			return nil, nil, err
 		}
 	}
 	t, n := s.tokens, len(b.Targets)
 	h := s.Heads
 	g := group(b.Segments, maxBatch/h.KeyValue)
-	*p = plain{backend: p.backend, masks: p.masks, grouping: g, drops: make(map[int]dropped), gathered: make(map[ggml.Tensor]gathered)}
+	p = &plain{
+		backend: p.backend, masks: p.masks, composed: p.composed, grouping: g,
+		drops: make(map[int]ggml.Tensor), gathered: make(map[ggml.Tensor]gathered),
+	}
 	p.mask = inputs.New(ggml.F32, g.keys, g.queries, 1, g.groups)
 	integers := func(values []int32) (ggml.Tensor, func()) {
 		tensor := inputs.New(ggml.I32, len(values))
@@ -140,7 +165,7 @@ func (p *plain) begin(s *step, b engine.Batch, inputs *ggml.Context) (func(), er
 	add(&p.labelColumns, columns)
 	p.labelWeights = inputs.New(ggml.F32, n)
 	p.columnWeight = inputs.New(ggml.F32, s.targets.index.Size(0))
-	return func() {
+	return p, func() {
 		for _, fill := range fills {
 			fill()
 		}
@@ -161,7 +186,14 @@ func (p *plain) weigh(s *step, b engine.Batch, weights []float32) {
 	p.columnWeight.SetFloats(columns)
 }
 
-func (*plain) input(_ *step, _ weight, x ggml.Tensor) input { return input{x, x.Size(1)} }
+// input converts x once for all F16 weights that multiply it, as each product would.
+func (p *plain) input(s *step, w weight, x ggml.Tensor) input {
+	in := input{x, x.Size(1)}
+	if w.kind == ggml.F16 && p.backend.GPU() {
+		in.t = s.add(s.ctx.Convert(x, w.kind))
+	}
+	return in
+}
 
 func (*plain) hold(_ *step, w weight) weight { return w }
 
@@ -250,7 +282,7 @@ func (p *plain) attention(s *step, q, k, v ggml.Tensor) (out, keep ggml.Tensor) 
 	probabilities := p.probabilities(s, operands.q, operands.k)
 	share := h.Query / h.KeyValue
 	flat := s.ctx.View(probabilities, 0, g.keys, g.queries*share, h.KeyValue*g.groups)
-	values := s.ctx.MulMat(s.ctx.Transpose(operands.v), flat)
+	values := p.along(s, operands.v, flat)
 	out = s.ctx.GetRows(s.ctx.View(values, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
 	out = s.ctx.View(s.add(out), 0, h.Size*h.Query, s.tokens)
 	if g.keys*g.queries*g.groups*h.Query <= s.tokens*(s.Embedding+s.FeedForward) {
@@ -269,13 +301,13 @@ func (p *plain) attentionBack(s *step, q, _, _, keep, dout ggml.Tensor) (dq, dk,
 		keep = p.probabilities(s, queries, keys)
 	}
 	flat := s.ctx.View(keep, 0, g.keys, g.queries*share, batch)
-	dv = s.add(s.ctx.MulMat(s.ctx.Transpose(douts), s.ctx.Transpose(flat)))
+	dv = s.add(p.across(s, douts, flat))
 	dprobabilities := s.ctx.Reshape(s.ctx.MulMat(operands.v, douts), g.keys, g.queries, h.Query, g.groups)
 	dscores := s.ctx.View(s.add(s.ctx.SoftMaxBack(dprobabilities, keep, p.softScale(s))), 0, g.keys, g.queries*share, batch)
-	dqueries := s.ctx.MulMat(s.ctx.Transpose(keys), dscores)
+	dqueries := p.along(s, keys, dscores)
 	dq = s.ctx.GetRows(s.ctx.View(dqueries, 0, h.Size, g.queries*h.Query*g.groups), p.queryPlaces)
 	dq = s.ctx.View(s.add(dq), 0, h.Size*h.Query, s.tokens)
-	dk = s.add(s.ctx.MulMat(s.ctx.Transpose(queries), s.ctx.Transpose(dscores)))
+	dk = s.add(p.across(s, queries, dscores))
 	return dq, p.sumKeys(s, dk), p.sumKeys(s, dv)
 }
 
@@ -288,7 +320,7 @@ func (p *plain) sumKeys(s *step, gradient ggml.Tensor) ggml.Tensor {
 		return out
 	}
 	copies := s.ctx.View(s.ctx.GetRows(all, p.copyPlaces), 0, h.Size*h.KeyValue, p.copySums.Size(0))
-	return s.add(s.ctx.SetRows(out, s.ctx.MulMat(s.ctx.Transpose(copies), p.copySums), p.copied))
+	return s.add(s.ctx.SetRows(out, p.along(s, copies, p.copySums), p.copied))
 }
 
 // index finds the part among those with dropout.
@@ -299,32 +331,37 @@ func (p *plain) index(s *step, drop *Part) (int, bool) {
 	return slices.IndexFunc(s.lora.Parts, func(q Part) bool { return q.Layer == drop.Layer && q.Module == drop.Module }), true
 }
 
+// dropout multiplies x [width, T] by the masks of a part. They are gathered again where they are needed again: CUDA does
+// so on the way.
+func (p *plain) dropout(s *step, x ggml.Tensor, index, width int) ggml.Tensor {
+	pool := p.masks.pool
+	row := pool.Size(0)
+	part := s.ctx.Strided(pool, 0, [4]int{width, maskPool, 1, 1}, [3]int{row, row * maskPool, row * maskPool})
+	return s.ctx.Mul(x, s.ctx.GetRows(part, s.ctx.View(p.maskRows, index*s.tokens, s.tokens)))
+}
+
 // loraDown returns scale * w dropout(x): in both directions, whatever takes it wants it scaled once.
 func (p *plain) loraDown(s *step, x, w ggml.Tensor, drop *Part) ggml.Tensor {
 	if index, ok := p.index(s, drop); ok {
-		pool := p.masks.pool
-		width := pool.Size(0)
-		part := s.ctx.Strided(pool, 0, [4]int{drop.In, maskPool, 1, 1}, [3]int{width, width * maskPool, width * maskPool})
-		mask := s.ctx.GetRows(part, s.ctx.View(p.maskRows, index*s.tokens, s.tokens))
-		x = s.ctx.Mul(x, mask)
-		p.drops[index] = dropped{x, mask}
+		x = p.dropout(s, x, index, drop.In)
+		p.drops[index] = x
 	}
 	return s.add(s.ctx.Scale(s.ctx.MulMat(w, x), float32(s.lora.Scale()), 0))
 }
 
 func (p *plain) loraUp(s *step, y, u, w ggml.Tensor, drop *Part) ggml.Tensor {
-	z := s.ctx.MulMat(s.ctx.Transpose(w), u)
+	z := p.along(s, w, u)
 	if index, ok := p.index(s, drop); ok {
-		z = s.ctx.Mul(z, p.drops[index].mask)
+		z = p.dropout(s, z, index, drop.In)
 	}
 	return s.ctx.Add(y, s.add(z))
 }
 
 func (p *plain) loraOuter(s *step, gradient, u, x ggml.Tensor, drop *Part) {
 	if index, ok := p.index(s, drop); ok {
-		x = p.drops[index].x
+		x = p.drops[index]
 	}
-	s.add(s.ctx.AddInPlace(gradient, s.ctx.MulMat(s.ctx.Transpose(x), s.ctx.Transpose(u))))
+	s.add(s.ctx.AddInPlace(gradient, p.across(s, x, u)))
 }
 
 func (p *plain) pick(s *step, x, index ggml.Tensor) ggml.Tensor {

@@ -11,14 +11,17 @@ import (
 // step is the graph of one micro-batch while it is built.
 type step struct {
 	*Model
-	lora  *LoRA
-	train bool
-	scale float32
-	batch engine.Batch
+	blocks blocks // of this step
+	lora   *LoRA
+	train  bool
+	scale  float32
+	batch  engine.Batch
 
 	inputs    *ggml.Context
-	setInputs func()      // gives the inputs their values
-	embedded  ggml.Tensor // tokens, int32 [T]
+	buffer    *ggml.Buffer // of the inputs
+	setInputs func()       // gives the inputs their values
+	cut       int          // what build returns
+	embedded  ggml.Tensor  // tokens, int32 [T]
 
 	ctx       *ggml.Context
 	graph     *ggml.Graph
@@ -89,27 +92,30 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	if err := b.Validate(m.Vocabulary); err != nil {
 		return engine.Result{}, nil, err
 	}
-	s, err := m.newStep(b, lora, train, scale, wantLogits)
-	if err != nil {
-		return engine.Result{}, nil, err
+	var s *step
+	if train {
+		s = m.foreseen(b, lora, scale)
+	}
+	if s == nil {
+		var err error
+		if s, err = m.makeStep(b, lora, train, scale, wantLogits); err != nil {
+			return engine.Result{}, nil, err
+		}
 	}
 	defer s.free()
-	buffer, err := s.inputs.Allocate(m.backend)
-	if err != nil {
-		return engine.Result{}, nil, fmt.Errorf("inputs of a micro-batch: %w", err)
-	}
-	defer buffer.Free()
-	s.setInputs()
 	lora.toDevice(train)
-	cut := s.build()
 	if m.inspect != nil {
 		m.inspect(s.graph)
 	}
+	if train {
+		m.beginAhead()
+	}
+	var err error
 	result := engine.Result{Losses: make([]float32, len(b.Targets)), Correct: make([]bool, len(b.Targets))}
 	if m.costs != nil {
 		*m.costs, err = m.backend.Profile(s.graph, m.allocator)
 	} else {
-		err = m.backend.ComputeParts(s.graph, m.allocator, cut, func() error { return s.weigh(result) })
+		err = m.backend.ComputeParts(s.graph, m.allocator, s.cut, func() error { return s.weigh(result) })
 	}
 	if err != nil {
 		return engine.Result{}, nil, err
@@ -127,10 +133,29 @@ func (m *Model) run(b engine.Batch, lora *LoRA, train bool, scale float32, wantL
 	return result, out, nil
 }
 
+// makeStep is a step that only lacks the memory of its nodes: its inputs have their values, and its graph is complete.
+func (m *Model) makeStep(b engine.Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (*step, error) {
+	s, err := m.newStep(b, lora, train, scale, wantLogits)
+	if err != nil {
+		return nil, err
+	}
+	if s.buffer, err = s.inputs.Allocate(m.backend); err != nil {
+		s.free()
+		return nil, fmt.Errorf("inputs of a micro-batch: %w", err)
+	}
+	s.setInputs()
+	s.cut = s.build()
+	if err := m.backend.Check(s.graph); err != nil {
+		s.free()
+		return nil, err
+	}
+	return s, nil
+}
+
 // newStep describes the inputs of a micro-batch's graph; they have no memory yet.
 func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (*step, error) {
 	t, n := len(b.Tokens), len(b.Targets)
-	limits := m.blocks.limits(m.Vocabulary)
+	limits := m.blocks.limits(m.Vocabulary, m.Recompute)
 	positions, columns, chunks := split(b.Targets, limits.headTokens)
 	inputs := ggml.NewContext(16+extraInputs, 0)
 	s := &step{
@@ -156,11 +181,12 @@ func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, w
 	if wantLogits {
 		s.targets.logits = inputs.New(ggml.F32, m.Vocabulary, len(positions))
 	}
-	fill, err := m.blocks.begin(s, b, inputs)
+	own, fill, err := m.blocks.begin(s, b, inputs)
 	if err != nil {
 		s.free()
 		return nil, err
 	}
+	s.blocks = own
 	s.setInputs = func() {
 		s.embedded.SetInts(ints(b.Tokens))
 		s.positions.SetInts(ints(b.Positions()))
@@ -190,7 +216,7 @@ func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, w
 			labels[i], weights[i] = int32(target.Label), target.Weight
 		}
 		s.targets.labels.SetInts(labels)
-		m.blocks.weigh(s, b, weights)
+		s.blocks.weigh(s, b, weights)
 		if s.seeds.Valid() {
 			s.seeds.SetInts(ints(b.Seeds))
 		}
@@ -206,6 +232,7 @@ func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, w
 }
 
 func (s *step) free() {
+	s.buffer.Free()
 	s.inputs.Free()
 	s.ctx.Free()
 }

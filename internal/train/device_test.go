@@ -190,35 +190,53 @@ func speed(t *testing.T, path string, fields []string) {
 	var inGradients, total time.Duration
 	var last engine.Batch
 	const warm = 3
-	at := 0
 	losses := 0.0
-	for step := range steps + warm {
-		began := time.Now()
-		if step == warm {
-			computed, asked, micros, inGradients, total = 0, 0, 0, 0, 0
-		}
-		clear(lora.Gradients)
+	// The steps' micro-batches are packed ahead, as the trainer does.
+	type packed struct {
+		micros []engine.Batch
+		weight int
+	}
+	packs := make([]packed, steps+warm)
+	at := 0
+	for i := range packs {
 		todo := make([][]engine.Token, batchSize)
-		for i := range todo {
-			todo[i] = rows[(at+i)%len(rows)]
+		for j := range todo {
+			todo[j] = rows[(at+j)%len(rows)]
+			packs[i].weight += len(todo[j]) - 1
 		}
 		at += batchSize
-		weight := 0
-		for _, row := range todo {
-			weight += len(row) - 1
-		}
 		for len(todo) > 0 {
 			n, tokens := 0, commonPrefix
 			for n < len(todo) && (n == 0 || tokens+len(todo[n])-commonPrefix <= microTokens) {
 				tokens += len(todo[n]) - commonPrefix
 				n++
 			}
-			last = sharePrefix(todo[:n], random)
+			packs[i].micros = append(packs[i].micros, sharePrefix(todo[:n], random))
 			todo = todo[n:]
+		}
+	}
+	for step := range steps + warm {
+		began := time.Now()
+		if step == warm {
+			computed, asked, micros, inGradients, total = 0, 0, 0, 0, 0
+		}
+		clear(lora.Gradients)
+		weight := packs[step].weight
+		for i := range packs[step].micros {
+			last = packs[step].micros[i]
 			computed += len(last.Tokens)
 			micros++
+			model.Ahead(lora, 1, func() (engine.Batch, bool) {
+				switch {
+				case i+1 < len(packs[step].micros):
+					return packs[step].micros[i+1], true
+				case step+1 < len(packs):
+					return packs[step+1].micros[0], true
+				}
+				return engine.Batch{}, false
+			})
 			inside := time.Now()
-			result, err := model.Gradients(last, lora, 1/float32(weight))
+			result, err := model.Gradients(last, lora, 1)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -228,11 +246,11 @@ func speed(t *testing.T, path string, fields []string) {
 				losses += float64(l*last.Targets[i].Weight) / float64(weight)
 			}
 		}
-		size := norm(lora.Gradients)
+		size := norm(lora.Gradients) / float64(weight)
 		if math.IsNaN(size) || size == 0 {
 			t.Fatalf("step %d: gradient norm %g", step, size)
 		}
-		optimizer.step(lora.Parameters, lora.Gradients, m, min(1, 1/size), 2e-4, step+1)
+		optimizer.step(lora.Parameters, lora.Gradients, m, min(1, 1/size)/float64(weight), 2e-4, step+1)
 		asked += batchSize
 		times = append(times, time.Since(began).Seconds())
 		total += time.Since(began)

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -443,6 +444,52 @@ func TestGolden(t *testing.T) {
 			}
 			t.Logf("losses of %d steps within %.3g", len(run.Curve.Steps), curve)
 		})
+	}
+}
+
+// Two layouts in turns in one process compute what each computes alone, to the bit: a device that replays recorded graphs
+// may not take one's for the other's, whose nodes have the same shapes, and the same addresses once one is closed.
+func TestLayoutsInTurns(t *testing.T) {
+	layouts := []graph.Layout{graph.DeviceLayout(), graph.DeviceMiddleLayout(), {Forward: ggml.F32, Backward: ggml.F32}}
+	if gpuLibraries == "" {
+		layouts = []graph.Layout{graph.ExactLayout(), {Forward: graph.Stored, Backward: graph.Stored}, {Forward: ggml.F32, Backward: ggml.F32}}
+	}
+	const path, repeats = "testdata/tiny-llama-q8_0.gguf", 8 // graphs are recorded and replayed after the first few
+	options := graph.LoRAOptions{Rank: 8, Alpha: 8, Dropout: 0.05, Modules: graph.AllLinear}
+	gradients := func(t *testing.T, a adapter) []float32 {
+		b := randomBatch(a.model.Vocabulary, 20, 12, 9)
+		clear(a.lora.Gradients)
+		if _, err := a.model.Gradients(b, a.lora, 1); err != nil {
+			t.Fatal(err)
+		}
+		return slices.Clone(a.lora.Gradients)
+	}
+	var alone [][]float32
+	for _, layout := range layouts { // one after the other, each closed before the next
+		t.Run(strings.ReplaceAll(layout.String(), "/", "-"), func(t *testing.T) {
+			a := loadAdapter(t, path, layout, 1, options)
+			a.initialise(0.1)
+			first := gradients(t, a)
+			for range repeats {
+				if !slices.Equal(gradients(t, a), first) {
+					t.Error("the same micro-batch, other gradients")
+				}
+			}
+			alone = append(alone, first)
+		})
+	}
+	var all []adapter
+	for _, layout := range layouts {
+		a := loadAdapter(t, path, layout, 1, options)
+		a.initialise(0.1)
+		all = append(all, a)
+	}
+	for range repeats {
+		for i, a := range all {
+			if !slices.Equal(gradients(t, a), alone[i]) {
+				t.Errorf("%s: other gradients in turns with the other layouts than alone", layouts[i])
+			}
+		}
 	}
 }
 

@@ -143,8 +143,9 @@ func (t *trainer) refuseMemory(file *gguf.File, least child.MemoryPlan) error {
 	}
 }
 
-// gpuOverhead is what a GPU's runtime takes beside our tensors: workspaces of its matrix library and pools, in bytes.
-const gpuOverhead = 512 << 20
+// gpuOverhead is what a GPU's runtime takes beside our tensors, in bytes: its context, code and workspaces, and ggml's
+// pools. Measured with CUDA 13 on an H100: docs/gpu.md.
+const gpuOverhead = 1280 << 20
 
 // estimate is what a job takes at its peak. On the CPU that is with the process as it is now, the optimizer's moments and
 // the pages that stay in the model file; on a GPU, of its memory alone.

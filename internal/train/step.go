@@ -10,6 +10,7 @@ import (
 
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
+	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/ggml"
 )
 
@@ -36,6 +37,22 @@ type work struct {
 	examples          []dataset.Example
 	micros            []dataset.Micro
 	tokens            int
+	next              *pending // of the step after it, or none
+}
+
+// after returns what says which micro-batch follows micros[i].
+func (w work) after(i int) func() (engine.Batch, bool) {
+	return func() (engine.Batch, bool) {
+		micros := w.micros[i+1:]
+		if len(micros) == 0 && w.next != nil {
+			<-w.next.done
+			micros = w.next.micros
+		}
+		if len(micros) == 0 {
+			return engine.Batch{}, false
+		}
+		return micros[0].Batch, true
+	}
 }
 
 // pack makes micro-batches of a step's examples and chooses their dropout masks: every token of a row has its own. The
@@ -59,7 +76,7 @@ func (t *trainer) pack(examples []dataset.Example, epoch, microTokens int) work 
 // loader reads and packs the examples of the next step while the current one is computed.
 type loader struct {
 	t     *trainer
-	ahead chan loaded
+	ahead *pending
 	order dataset.Order // of epoch
 	epoch int
 }
@@ -69,6 +86,12 @@ type loaded struct {
 	err error
 }
 
+// pending is work that is being loaded.
+type pending struct {
+	done chan struct{} // closed once the rest is set
+	loaded
+}
+
 func newLoader(t *trainer) *loader { return &loader{t: t, epoch: -1} }
 
 // next returns the work of a step, packed for so many tokens, and begins with that of the step after it.
@@ -76,15 +99,20 @@ func (l *loader) next(step int) (work, error) {
 	microTokens := l.t.microTokens()
 	var w loaded
 	if l.ahead != nil {
-		w = <-l.ahead
+		<-l.ahead.done
+		w = l.ahead.loaded
 	}
 	if w.step != step || w.microTokens != microTokens {
 		w = l.load(step, microTokens)
 	}
 	l.ahead = nil
 	if step+1 < l.t.plan.TotalSteps {
-		l.ahead = make(chan loaded, 1)
-		go func(to chan<- loaded) { to <- l.load(step+1, microTokens) }(l.ahead)
+		next := &pending{done: make(chan struct{})}
+		l.ahead, w.next = next, next
+		go func() {
+			defer close(next.done)
+			next.loaded = l.load(step+1, microTokens)
+		}()
 	}
 	return w.work, w.err
 }
@@ -108,7 +136,7 @@ func (l *loader) load(step, microTokens int) loaded {
 // close waits for what is still being read.
 func (l *loader) close() {
 	if l.ahead != nil {
-		<-l.ahead
+		<-l.ahead.done
 	}
 }
 
@@ -169,13 +197,14 @@ func (t *trainer) gradients(ctx context.Context, w work) (scores, error) {
 func (t *trainer) accumulate(ctx context.Context, w work) (scores, error) {
 	clear(t.lora.Gradients)
 	var total scores
-	for _, m := range w.micros {
+	for i, m := range w.micros {
 		if ctx.Err() != nil {
 			return total, context.Cause(ctx)
 		}
 		t.beginMicro(m.Tokens)
 		t.yield(ctx)
 		// The sum of the losses and not their mean: small gradients stay far from the smallest numbers of the types.
+		t.model.Ahead(t.lora, 1, w.after(i))
 		r, err := t.compute(m)
 		if err != nil {
 			return total, err

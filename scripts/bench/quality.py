@@ -1,12 +1,15 @@
 """Does hone learn what PEFT learns? The same rows and the same recipe, several seeds, two tasks.
 
     python quality.py prepare --hone bin/hone --model MODEL.gguf --data DIR
-    python quality.py run --hone bin/hone --model MODEL.gguf --data DIR --out DIR [--device cuda] [--seeds 3] [--tasks mcq,intent]
+    python quality.py run --hone bin/hone --model MODEL.gguf --data DIR --out DIR [--device cuda] [--hone-device cuda] [--seeds 3]
+        [--tasks mcq,intent] [--engines hone,peft]
+    python quality.py report --out DIR [--seeds 3] [--tasks mcq,intent]
 
 prepare writes the rows of both tasks and their tokens (it needs transformers' GGUF tokenizers, so do it where these work). run
-trains each task with each seed: hone with its trainer process on the CPU, PEFT on --device in float32 without TF32 over the same
-weights, dequantised, both at once where the device is a GPU. What is done is kept in --out/runs, and a second call goes on
-there. It needs torch, transformers, peft, gguf, numpy and matplotlib, and no network.
+trains each task with each seed: hone with its trainer process on --hone-device, PEFT on --device in float32 without TF32 over the
+same weights, dequantised, both at once where PEFT's device is a GPU. Every run is kept in --out/runs as it finishes, and a second
+call goes on there. report writes the results of kept runs. It needs torch, transformers, peft, gguf, numpy and matplotlib, and no
+network.
 
 Both adapters are judged by the same code, transformers on --device in float32: the loss of the validation rows, and the accuracy
 over the test questions, which share no word (mcq) or wording (intent) with training. A question of mcq is right if its letter is
@@ -212,6 +215,7 @@ def run_hone(args, task, seed):
     if args.max_steps:
         options["max_steps"] = total
         options.pop("num_train_epochs")
+    options["device"] = args.hone_device
     options.pop("warmup_ratio")
     options["warmup_steps"] = warmup_of(total)
     train, valid = (os.path.join(args.data, f"{task}-{part}.jsonl") for part in ("train", "valid"))
@@ -222,12 +226,24 @@ def run_hone(args, task, seed):
     if attempt.dataset["train_tokens"] != sum(len(t) for t, _ in rows["train"]):
         raise SystemExit(f"{task}: hone reads {attempt.dataset['train_tokens']} tokens, PEFT others: prepare the data again")
     adapter = os.path.dirname(glob.glob(os.path.join(attempt.directory, "adapter", "**", "adapter_config.json"), recursive=True)[0])
-    return {
+    result = {
         "train": [(e.data["step"], e.data["train_loss"]) for e in attempt.of("step")],
         "valid": [(e.data["step"], e.data["full_valid_loss"]) for e in attempt.of("eval")],
         "seconds": time.perf_counter() - began,
-        "adapter": adapter,
+        "plan": {k: attempt.memory[k] for k in ("device", "layout", "forward", "backward", "micro_batch_tokens")},
     }
+    # What is trained is kept at once; its judgement may wait for PEFT.
+    trained = trained_directory(args, task, seed)
+    shutil.rmtree(trained, ignore_errors=True)
+    shutil.move(adapter, trained + ".part")
+    with open(os.path.join(trained + ".part", "result.json"), "w") as f:
+        json.dump(result, f)
+    os.replace(trained + ".part", trained)
+    shutil.rmtree(attempt.directory)
+
+
+def trained_directory(args, task, seed):
+    return os.path.join(args.out, "runs", f"hone-{task}-{seed}.trained")
 
 
 def warmup_of(total):
@@ -358,32 +374,56 @@ def run(args):
         print(os.path.basename(path), {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}, flush=True)
 
     torch = Torch(args)
-    # The GPU is PEFT's, the CPU hone's; on one CPU they take turns.
+
+    def judge(task, seed):
+        trained = trained_directory(args, task, seed)
+        with open(os.path.join(trained, "result.json")) as f:
+            result = json.load(f)
+        keep(stored("hone", task, seed), result | torch.judge(torch.adapter(trained), read_tokens(args, task)))
+        shutil.rmtree(trained)
+
+    # Beside a GPU, hone and PEFT work at the same time; on one CPU they take turns.
     pool = concurrent.futures.ThreadPoolExecutor(1)
     pending = {}
     for task, seed in jobs:
-        if not os.path.exists(stored("hone", task, seed)):
-            pending[task, seed] = pool.submit(run_hone, args, task, seed)
-            if args.device == "cpu":
-                concurrent.futures.wait([pending[task, seed]])
+        if "hone" not in args.engines or os.path.exists(stored("hone", task, seed)):
+            continue
+        if os.path.exists(trained_directory(args, task, seed)):
+            judge(task, seed)
+            continue
+        pending[task, seed] = pool.submit(run_hone, args, task, seed)
+        if args.device == "cpu":
+            concurrent.futures.wait([pending[task, seed]])
+
+    def judge_done(wait=False):
+        for (task, seed), future in list(pending.items()):
+            if wait or future.done():
+                future.result()
+                del pending[task, seed]
+                judge(task, seed)
+
     for task, seed in jobs:
-        if not os.path.exists(stored("peft", task, seed)):
+        if "peft" in args.engines and not os.path.exists(stored("peft", task, seed)):
             keep(stored("peft", task, seed), torch.train(args, task, seed))
-    for (task, seed), future in pending.items():
-        result = future.result()
-        model = torch.adapter(result.pop("adapter"))
-        keep(stored("hone", task, seed), result | torch.judge(model, read_tokens(args, task)))
-    results = {}
-    for task, seed in jobs:
-        for engine in ("hone", "peft"):
-            with open(stored(engine, task, seed)) as f:
-                results[engine, task, seed] = json.load(f)
+        judge_done()
+    judge_done(wait=True)
     for task in args.tasks:
         before = os.path.join(runs, f"base-{task}.json")
         if not os.path.exists(before):
             model = torch.adapter()  # B is 0: the base model
             keep(before, torch.judge(model, read_tokens(args, task)))
     shutil.rmtree(os.path.join(args.out, "work"), ignore_errors=True)
+    if set(args.engines) == {"hone", "peft"}:
+        report(args)
+
+
+def report(args):
+    results = {}
+    for task in args.tasks:
+        for seed in range(1, args.seeds + 1):
+            for engine in ("hone", "peft"):
+                with open(os.path.join(args.out, "runs", f"{engine}-{task}-{seed}.json")) as f:
+                    results[engine, task, seed] = json.load(f)
     write_report(args, results)
 
 
@@ -454,23 +494,24 @@ def smooth(points, width=20):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["prepare", "run"])
-    parser.add_argument("--hone", required=True, help="the program")
-    parser.add_argument("--model", required=True, help="GGUF file")
-    parser.add_argument("--data", required=True, help="directory of the prepared rows")
+    parser.add_argument("command", choices=["prepare", "run", "report"])
+    parser.add_argument("--hone", help="the program")
+    parser.add_argument("--model", help="GGUF file")
+    parser.add_argument("--data", help="directory of the prepared rows")
     parser.add_argument("--out", help="directory of the results")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of PEFT")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of PEFT, and of the judgement")
+    parser.add_argument("--hone-device", default="cpu", choices=["cpu", "cuda"], help="of hone")
+    parser.add_argument("--engines", default="hone,peft", type=lambda s: s.split(","), help="which to run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", default=",".join(TASKS), type=lambda s: s.split(","))
     parser.add_argument("--threads", type=int, default=0, help="of hone; 0 means all cores")
     parser.add_argument("--max-steps", type=int, default=0, help="end early, to try the script out")
     args = parser.parse_args()
-    if args.command == "prepare":
-        prepare(args)
-    elif not args.out:
-        parser.error("run needs --out")
-    else:
-        run(args)
+    needs = {"prepare": ["hone", "model", "data"], "run": ["hone", "model", "data", "out"], "report": ["out"]}[args.command]
+    for name in needs:
+        if not getattr(args, name):
+            parser.error(f"{args.command} needs --{name}")
+    {"prepare": prepare, "run": run, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

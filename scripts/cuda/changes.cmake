@@ -22,6 +22,7 @@ function(copy_ggml from to)
     file(CHMOD ${f} PERMISSIONS OWNER_READ OWNER_WRITE GROUP_READ WORLD_READ)
   endforeach()
   set(cuda ${to}/src/ggml-cuda)
+  file(COPY ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/training.cuh DESTINATION ${cuda})
 
   if (NOT FLASH_ATTENTION)
     file(GLOB files ${cuda}/fattn*.cu ${cuda}/template-instances/fattn*.cu)
@@ -35,7 +36,7 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
 
   # Products with BF16 or F16 weights sum and write in float32, as cuBLAS can, instead of rounding to 16 bits and
   # converting: more exact, and faster. Where the second change below has quantised weights come here, they are expanded,
-  # at most 64 Mi weights at a time, to F16 if float32 precision is asked for (forward: the more exact type, but small
+  # at most 32 Mi weights at a time, to F16 if float32 precision is asked for (forward: the more exact type, but small
   # gradients would be 0), else to BF16.
   change(${cuda}/ggml-cuda.cu "    if (supports_bf16 && src0->type == GGML_TYPE_BF16 && ggml_is_contiguous(src0)" "    const bool quantized = ggml_is_quantized(src0->type);
     const bool as_f16 = src0->type == GGML_TYPE_F16 || (quantized && dst->op_params[0] == GGML_PREC_F32);
@@ -66,7 +67,7 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
             }
         }
         const void * src1_ptr = src1->type == half_type ? (const void *) src1_ddf_i : src1_converted.get();
-        const int64_t band = quantized ? std::min<int64_t>(row_diff, std::max<int64_t>(256, (64 << 20)/ne00)) : row_diff;
+        const int64_t band = quantized ? std::min<int64_t>(row_diff, std::max<int64_t>(256, (32 << 20)/ne00)) : row_diff;
         ggml_cuda_pool_alloc<nv_bfloat16> expanded(ctx.pool(id));
         if (quantized) {
             expanded.alloc(band*ne00);
@@ -100,6 +101,53 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
                         CUBLAS_COMPUTE_32F,
                         CUBLAS_GEMM_DEFAULT_TENSOR_OP));
         }
+")
+
+  # A product may be added to what is there, and LoRA's narrow products have a kernel of their own: see training.cuh.
+  change(${cuda}/ggml-cuda.cu "#include \"ggml-cuda/out-prod.cuh\"
+" "#include \"ggml-cuda/out-prod.cuh\"
+#include \"ggml-cuda/training.cuh\"
+")
+  change(${cuda}/ggml-cuda.cu "        const float beta_f32  = 0.0f;
+" "        const float beta_f32  = ggml_cuda_adds(dst) ? 1.0f : 0.0f;
+")
+  change(${cuda}/ggml-cuda.cu "    } else {
+        ggml_cuda_pool_alloc<float> src0_ddq_as_f32(ctx.pool(id));
+" "    } else if (src0->type == GGML_TYPE_F32 && src1->type == GGML_TYPE_F32 && ldc == row_diff &&
+            ggml_cuda_narrow_product((const float *) src0_dd_i, src1_ddf_i, dst_dd_i, row_diff, ne00, src1_ncols, stream)) {
+    } else {
+        ggml_cuda_pool_alloc<float> src0_ddq_as_f32(ctx.pool(id));
+")
+  change(${cuda}/ggml-cuda.cu "                if (!disable_fusion) {
+
+" "                if (!disable_fusion) {
+                    if (node->op == GGML_OP_GET_ROWS && ggml_cuda_mul_rows(*cuda_ctx, cgraph, i)) {
+                        i++;
+                        continue;
+                    }
+                    if (ggml_cuda_can_add(cgraph, i)) {
+                        ggml_tensor product = *node;
+                        product.data = cgraph->nodes[i + 1]->data;
+                        product.op_params[GGML_CUDA_ADDS] = 1;
+                        GGML_ASSERT(ggml_cuda_compute_forward(*cuda_ctx, &product));
+                        i++;
+                        continue;
+                    }
+
+")
+  change(${cuda}/out-prod.cu "    const float beta = 0.0f;
+" "    const float beta = dst->op_params[15] == 1 ? 1.0f : 0.0f; // see training.cuh
+")
+  change(${cuda}/out-prod.cu "    // TODO batched matrix multiplication
+" "    if (ne3 == 1 && dps2 == 1) {
+        CUBLAS_CHECK(
+            cublasSgemmStridedBatched(handle, CUBLAS_OP_N, src1_cublas_op,
+                    ne0, ne1, ne01,
+                    &alpha, src0_d, lda, s02,
+                            src1_d, ldb, s12,
+                    &beta,  dst_d,  ldc, s2, ne2));
+        return;
+    }
 ")
 
   # On Hopper (and the data centre Blackwells) the int8 kernels reach less than half of what cuBLAS does. From 192 tokens
