@@ -9,8 +9,8 @@ import (
 // CPU (fused.go), ggml's own operations elsewhere (plain.go), which also run on the CPU as the reference of the fused
 // ones. Tensors are float32, contiguous, [width, T] in ne order; T is the number of tokens.
 type blocks interface {
-	// limits bounds a step's graph; small saves memory where that costs time.
-	limits(vocabulary int, small bool) limits
+	// limits bounds a step's graph.
+	limits(vocabulary int) limits
 	// begin returns the blocks of one step, which another goroutine may build while those of a step before are in use. It
 	// describes the inputs that they need besides those of the step, at most extraInputs, and returns a function that
 	// fills these once they have memory.

@@ -10,7 +10,7 @@ type fused struct{}
 
 // limits lets the head take 64 MiB of logits at once, or 128 positions: twice as many read its weights half as often,
 // which is 4% of a forward pass with logits everywhere.
-func (fused) limits(vocabulary int, _ bool) limits {
+func (fused) limits(vocabulary int) limits {
 	return limits{nodesPerLayer: 200, headTokens: min(256, max(128, 1<<24/vocabulary/64*64)), prune: true}
 }
 

@@ -34,21 +34,18 @@ var LayoutNames = []string{"exact", "middle", "low"}
 //	        bf16/bf16      4                1.26             4.2%, 1.9%
 //
 // to which come the pages of the mapped file where weights are stored, and its head packed for the time of a step. The
-// processor time is that of 960 tokens (BenchmarkLayouts); packing takes as long for fewer. So the CPU's plans differ in nothing
-// but memory and speed, and any may be chosen without asking. On a GPU, low has 4-bit transposes, whose gradients are
-// not exact (DeviceLowLayout): it is for those who ask for it.
+// processor time is that of 960 tokens (BenchmarkLayouts); packing takes as long for fewer. So the plans differ in nothing
+// but memory and speed, on a GPU as well, where middle and low are the same layout.
 func LayoutOf(name string, gpu bool) (Layout, error) {
 	switch {
 	case name == "exact" && gpu:
 		return DeviceLayout(), nil
 	case name == "exact":
 		return ExactLayout(), nil
-	case name == "middle" && gpu:
-		return DeviceMiddleLayout(), nil
+	case (name == "middle" || name == "low") && gpu:
+		return DeviceStoredLayout(), nil
 	case name == "middle":
 		return Layout{Packed, Stored}, nil
-	case name == "low" && gpu:
-		return DeviceLowLayout(), nil
 	case name == "low":
 		return Layout{Stored, Stored}, nil
 	}
@@ -85,7 +82,7 @@ func ParseLayout(text string) (Layout, error) {
 	var l Layout
 	for i, name := range []string{forward, backward} {
 		found := false
-		for _, t := range []ggml.Type{ggml.F32, ggml.F16, ggml.BF16, ggml.Q8_0, ggml.IQ4NL, Packed, Stored} {
+		for _, t := range []ggml.Type{ggml.F32, ggml.F16, ggml.BF16, Packed, Stored} {
 			if storageName(t) == name {
 				*[]*ggml.Type{&l.Forward, &l.Backward}[i], found = t, true
 			}

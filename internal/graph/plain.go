@@ -65,13 +65,9 @@ func (p *plain) along(s *step, a, b ggml.Tensor) ggml.Tensor {
 	return s.ctx.OutProduct(a, s.ctx.TransposedView(b))
 }
 
-// limits lets the head take about 256 MiB of logits at once, or half of that.
-func (p *plain) limits(vocabulary int, small bool) limits {
-	values := 1 << 26
-	if small {
-		values /= 2
-	}
-	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, values/vocabulary/128*128))}
+// limits lets the head take about 256 MiB of logits at once.
+func (p *plain) limits(vocabulary int) limits {
+	return limits{nodesPerLayer: 600, headTokens: min(1024, max(128, 1<<26/vocabulary/128*128))}
 }
 
 func (p *plain) memory() int {
@@ -201,7 +197,12 @@ func (*plain) hold(_ *step, w weight) weight { return w }
 // them at once, if the earlier sum is the first operand.
 
 func (*plain) matmul(s *step, w weight, x input, residual ggml.Tensor) ggml.Tensor {
-	y := s.ctx.MulMat(w.t, x.t)
+	var y ggml.Tensor
+	if w.transpose {
+		y = s.ctx.OutProduct(w.t, s.ctx.TransposedView(x.t))
+	} else {
+		y = s.ctx.MulMat(w.t, x.t)
+	}
 	if w.forward {
 		s.ctx.Precise(y)
 	}

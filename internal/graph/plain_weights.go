@@ -8,21 +8,17 @@ import (
 	"github.com/hone-llm/hone/internal/gguf"
 )
 
-// The layouts of GPUs. A transpose may be BF16, Q8_0, IQ4_NL or Q6_K: the kernels of the other quantised types keep the
-// scale of a block of gradients in float16, which is 0 below 1e-6 or so and infinite above 1e4, and F16 weights do the
-// same to each gradient.
+// The layouts of GPUs. A transpose may be BF16 or Stored, which is expanded to BF16 as it is needed: the kernels that
+// multiply quantised weights as they are keep the scale of a block of gradients in float16, which is 0 below 1e-6 or so
+// and infinite above 1e4, and F16 weights do the same to each gradient.
 
 // DeviceLayout is the default on a GPU: 4 bytes a weight, and the fastest kernels from about 50 tokens on. F16 keeps 3
 // bits more of weights and activations than BF16, which gradients need for its range.
 func DeviceLayout() Layout { return Layout{ggml.F16, ggml.BF16} }
 
-// DeviceMiddleLayout multiplies the weights as they are in the file, and Q8_0 transposes, whose own rounding of 0.6% adds
-// to gradients: about 1.7 bytes a weight of a 4-bit model.
-func DeviceMiddleLayout() Layout { return Layout{Stored, ggml.Q8_0} }
-
-// DeviceLowLayout has 4-bit transposes: about 1.2 bytes a weight of a 4-bit model, and gradients of another linear map,
-// off by 8 to 10% in every layer. It is for those who ask for it.
-func DeviceLowLayout() Layout { return Layout{Stored, ggml.IQ4NL} }
+// DeviceStoredLayout is the weights as they are in the file, once: 0.6 bytes a weight of a 4-bit model. Gradients are as
+// exact as those of DeviceLayout.
+func DeviceStoredLayout() Layout { return Layout{Stored, Stored} }
 
 // pickable is a matrix that the backend picks rows of: as it is in the file, unless a GPU has no kernel for the type.
 func (l *loader) pickable(name string, in, out int) (ggml.Tensor, error) {
@@ -49,7 +45,7 @@ func (l linear) uploads(data []byte, t ggml.Type) []func() {
 		all = uploadRows(l.w.t, l.w.kind, data, t, in, out)
 	}
 	if l.wt.kind == Stored {
-		panic("graph: no GPU multiplies a transpose as it is stored")
+		return all
 	}
 	rowBytes := len(data) / out
 	for from := 0; from < in; from += stripe {

@@ -155,7 +155,7 @@ func (m *Model) makeStep(b engine.Batch, lora *LoRA, train bool, scale float32, 
 // newStep describes the inputs of a micro-batch's graph; they have no memory yet.
 func (m *Model) newStep(b engine.Batch, lora *LoRA, train bool, scale float32, wantLogits bool) (*step, error) {
 	t, n := len(b.Tokens), len(b.Targets)
-	limits := m.blocks.limits(m.Vocabulary, m.Recompute)
+	limits := m.blocks.limits(m.Vocabulary)
 	positions, columns, chunks := split(b.Targets, limits.headTokens)
 	inputs := ggml.NewContext(16+extraInputs, 0)
 	s := &step{

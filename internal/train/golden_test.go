@@ -398,10 +398,10 @@ func TestGolden(t *testing.T) {
 		layout         graph.Layout
 		gradient, loss float64
 	}
-	// No plan of a CPU has BF16 weights in both passes; they show what rounding to 8 bits does. 4-bit transposes are for
-	// those who ask for them.
-	tiny := []bound{{float32s, rounding(), rounding()}, {graph.DeviceLayout(), 0.03, 0.01}}
-	whole := []bound{{graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceMiddleLayout(), 0.1, 0.02}, {graph.DeviceLowLayout(), 0.8, 0.1}}
+	// No plan of a CPU has BF16 weights in both passes; they show what rounding to 8 bits does. On a GPU, few tokens are
+	// multiplied with stored weights by kernels that round activations to 8 bits, as llama.cpp does.
+	tiny := []bound{{float32s, rounding(), rounding()}, {graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.1, 0.02}}
+	whole := []bound{{graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.1, 0.02}}
 	if gpuLibraries == "" {
 		tiny = []bound{{float32s, rounding(), rounding()}, {graph.Layout{Forward: ggml.BF16, Backward: ggml.BF16}, 0.06, 0.01}, {graph.Layout{Forward: ggml.F32, Backward: ggml.BF16}, 0.03, 0.01}}
 		if ggml.HasVNNI() {
@@ -450,7 +450,7 @@ func TestGolden(t *testing.T) {
 // Two layouts in turns in one process compute what each computes alone, to the bit: a device that replays recorded graphs
 // may not take one's for the other's, whose nodes have the same shapes, and the same addresses once one is closed.
 func TestLayoutsInTurns(t *testing.T) {
-	layouts := []graph.Layout{graph.DeviceLayout(), graph.DeviceMiddleLayout(), {Forward: ggml.F32, Backward: ggml.F32}}
+	layouts := []graph.Layout{graph.DeviceLayout(), graph.DeviceStoredLayout(), {Forward: ggml.F32, Backward: ggml.F32}}
 	if gpuLibraries == "" {
 		layouts = []graph.Layout{graph.ExactLayout(), {Forward: graph.Stored, Backward: graph.Stored}, {Forward: ggml.F32, Backward: ggml.F32}}
 	}

@@ -21,12 +21,16 @@ type setting struct {
 	recompute   bool
 }
 
-// settings are what auto tries, the fastest first. On a CPU they differ in nothing but memory and speed. On a GPU, low is
-// less exact: it is for those who ask for it.
+// settings are what auto tries, the fastest first. They differ in nothing but memory and speed. On a GPU, low is middle in
+// small micro-batches whose activations are computed twice, for those who ask for it.
 func settings(o child.TrainOptions, gpu bool) []setting {
 	sizes, layouts := []int{1024, 512, 256}, graph.LayoutNames
+	low := gpu && or(o.Memory, "auto") == "low"
 	if gpu {
 		sizes, layouts = []int{4096, 2048, 1024, 512}, []string{"exact", "middle"}
+	}
+	if low {
+		sizes = []int{1024, 512, 256}
 	}
 	if name := or(o.Memory, "auto"); name != "auto" {
 		layouts = []string{name}
@@ -39,7 +43,7 @@ func settings(o child.TrainOptions, gpu bool) []setting {
 	for _, name := range layouts {
 		for _, n := range sizes {
 			// The next layout of a CPU costs a tenth of the speed, and half the micro-batch a quarter.
-			if gpu || n == sizes[0] || name == last {
+			if (gpu || n == sizes[0] || name == last) && !low {
 				all = append(all, setting{name, n, false})
 			}
 		}
@@ -125,7 +129,7 @@ func (t *trainer) warnOfPlan(wanted, p child.MemoryPlan) error {
 // refuseMemory says what the job would take at least, and what would fit.
 func (t *trainer) refuseMemory(file *gguf.File, least child.MemoryPlan) error {
 	advice := "free some memory, or take a smaller base model"
-	for _, s := range []setting{{"middle", 512, false}, {"low", 1024, false}, {"low", 512, true}, {"low", 256, true}, {"low", 64, true}} {
+	for _, s := range []setting{{"middle", 512, false}, {"low", 1024, true}, {"low", 512, true}, {"low", 256, true}, {"low", 64, true}} {
 		p, err := t.estimate(file, s)
 		if err != nil {
 			return err

@@ -90,7 +90,7 @@ type facts struct {
 //	metric_for_best_model   loss
 //	prefix_sharing          where it saves a tenth of the tokens and there is no dropout (trainer.sharePrefixes)
 //	device                  the GPU with the most free memory, if the job fits into it, else the CPU
-//	memory                  exact, or what else fits into the free memory, with a warning (settings); on a GPU never low
+//	memory                  exact, or what else fits into the free memory, with a warning (settings)
 //	micro_batch_tokens      1,024; 4,096 on a GPU; less with a warning where memory is short
 //
 // Errors are *OptionError.

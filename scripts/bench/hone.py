@@ -136,7 +136,7 @@ def check(plan, options):
         have = plan.get({"max_steps": "total_steps"}.get(name, name))
         if name == "micro_batch_tokens":
             have = plan.get("memory", {}).get(name)
-        if name in ("save_minutes", "target_modules"):
+        if name in ("save_minutes", "target_modules", "device"):
             continue
         if have != wanted:
             raise Refused(f"trained with {name} = {have}, not {wanted}")

@@ -22,7 +22,7 @@ function(copy_ggml from to)
     file(CHMOD ${f} PERMISSIONS OWNER_READ OWNER_WRITE GROUP_READ WORLD_READ)
   endforeach()
   set(cuda ${to}/src/ggml-cuda)
-  file(COPY ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/training.cuh DESTINATION ${cuda})
+  file(COPY ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/training.cuh ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/narrow.cuh DESTINATION ${cuda})
 
   if (NOT FLASH_ATTENTION)
     file(GLOB files ${cuda}/fattn*.cu ${cuda}/template-instances/fattn*.cu)
@@ -60,7 +60,10 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
         if (src1->type != half_type) {
             size_t ne = src1_ncols*ne10;
             src1_converted.alloc(ne);
-            if (as_f16) {
+            const bool narrowed = src1->type == GGML_TYPE_F32 && (as_f16 ?
+                ggml_cuda_narrow<half>(src1_ddf_i, src1_converted.get(), ne, stream) : ggml_cuda_narrow<nv_bfloat16>(src1_ddf_i, src1_converted.get(), ne, stream));
+            if (narrowed) {
+            } else if (as_f16) {
                 ggml_get_to_fp16_cuda(src1->type)(src1_ddf_i, (half *) src1_converted.get(), ne, stream);
             } else {
                 ggml_get_to_bf16_cuda(src1->type)(src1_ddf_i, src1_converted.get(), ne, stream);
@@ -134,6 +137,79 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
                         continue;
                     }
 
+")
+  # float32 becomes 16 bits four elements at a time: see narrow.cuh.
+  change(${cuda}/cpy.cu "#include \"cpy.cuh\"
+" "#include \"cpy.cuh\"
+#include \"narrow.cuh\"
+")
+  change(${cuda}/cpy.cu "    } else if (src0->type == GGML_TYPE_F32 && src1->type == GGML_TYPE_F16) {
+        if (contiguous_srcs) {
+" "    } else if (src0->type == GGML_TYPE_F32 && src1->type == GGML_TYPE_F16) {
+        if (contiguous_srcs && ggml_cuda_narrow<half>((const float *) src0_ddc, src1_ddc, ne, main_stream)) {
+        } else if (contiguous_srcs) {
+")
+
+  # The transpose of a weight as it is stored, quantised or of 16 bits, is multiplied without being kept: expanded, at most
+  # 32 Mi weights at a time, and taken by columns.
+  change(${cuda}/ggml-cuda.cu "            return op->type == GGML_TYPE_F32 && op->src[0]->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_F32;
+        case GGML_OP_GET_ROWS:" "            return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_F32 && (op->src[0]->type == GGML_TYPE_F32 ||
+                (op->src[0]->ne[2]*op->src[0]->ne[3]*op->ne[2]*op->ne[3] == 1 && ggml_is_contiguous(op->src[0]) && ggml_is_transposed(op->src[1]) &&
+                    (op->src[0]->type == GGML_TYPE_BF16 || ggml_get_to_bf16_cuda(op->src[0]->type) != nullptr)));
+        case GGML_OP_GET_ROWS:")
+  change(${cuda}/out-prod.cu "#include \"out-prod.cuh\"
+" "#include \"out-prod.cuh\"
+#include \"convert.cuh\"
+#include \"narrow.cuh\"
+
+// dst [n, T] = sum over k of the weights' row k (outer) src1[:, k], where src1 is the transposed view of [k, T].
+static void out_prod_weights(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * weights = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const int64_t n = weights->ne[0], k = weights->ne[1], tokens = dst->ne[1];
+    GGML_ASSERT(ggml_is_transposed(src1) && src1->nb[1] == sizeof(float) && src1->nb[0] == k*sizeof(float) && ggml_is_contiguous(dst));
+    cudaStream_t stream = ctx.stream();
+    cublasHandle_t handle = ctx.cublas_handle();
+    ggml_cuda_pool_alloc<nv_bfloat16> x(ctx.pool(), k*tokens);
+    if (!ggml_cuda_narrow<nv_bfloat16>((const float *) src1->data, x.get(), k*tokens, stream)) {
+        ggml_get_to_bf16_cuda(GGML_TYPE_F32)(src1->data, x.get(), k*tokens, stream);
+    }
+    const to_bf16_cuda_t expand = weights->type == GGML_TYPE_BF16 ? nullptr : ggml_get_to_bf16_cuda(weights->type);
+    const int64_t band = expand ? std::min<int64_t>(k, std::max<int64_t>(256, (32 << 20)/n)) : k;
+    ggml_cuda_pool_alloc<nv_bfloat16> expanded(ctx.pool());
+    if (expand) {
+        expanded.alloc(band*n);
+    }
+    const float alpha = 1.0f;
+    float beta = dst->op_params[15] == 1 ? 1.0f : 0.0f; // see training.cuh
+    CUBLAS_CHECK(cublasSetStream(handle, stream));
+    for (int64_t row = 0; row < k; row += band) {
+        const int64_t rows = std::min(band, k - row);
+        const char * stored = (const char *) weights->data + row*weights->nb[1];
+        if (expand) {
+            expand(stored, expanded.get(), rows*n, stream);
+        }
+        CUBLAS_CHECK(
+            cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N,
+                    n, tokens, rows,
+                    &alpha, expand ? (const void *) expanded.get() : stored, CUDA_R_16BF, n,
+                            x.get() + row,                                   CUDA_R_16BF, k,
+                    &beta,  (float *) dst->data,                             CUDA_R_32F,  n,
+                    CUBLAS_COMPUTE_32F,
+                    CUBLAS_GEMM_DEFAULT_TENSOR_OP));
+        beta = 1.0f;
+    }
+}
+")
+  change(${cuda}/out-prod.cu "    GGML_TENSOR_BINARY_OP_LOCALS
+
+    GGML_ASSERT(src0->type == GGML_TYPE_F32);
+" "    GGML_TENSOR_BINARY_OP_LOCALS
+
+    if (src0->type != GGML_TYPE_F32) {
+        out_prod_weights(ctx, dst);
+        return;
+    }
 ")
   change(${cuda}/out-prod.cu "    const float beta = 0.0f;
 " "    const float beta = dst->op_params[15] == 1 ? 1.0f : 0.0f; // see training.cuh

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "narrow.cuh"
 
 // The product of few rows with many columns, as LoRA's first one is: y[r, t] = sum over k of w[k, r] x[k, t], in float32.
 // x is read once, at the speed of the memory; cuBLAS takes several times as long. A block computes TOKENS columns, in an
