@@ -398,10 +398,9 @@ func TestGolden(t *testing.T) {
 		layout         graph.Layout
 		gradient, loss float64
 	}
-	// No plan of a CPU has BF16 weights in both passes; they show what rounding to 8 bits does. On a GPU, few tokens are
-	// multiplied with stored weights by kernels that round activations to 8 bits, as llama.cpp does.
-	tiny := []bound{{float32s, rounding(), rounding()}, {graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.1, 0.02}}
-	whole := []bound{{graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.1, 0.02}}
+	// No plan of a CPU has BF16 weights in both passes; they show what rounding to 8 bits does.
+	tiny := []bound{{float32s, rounding(), rounding()}, {graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.03, 0.01}}
+	whole := []bound{{graph.DeviceLayout(), 0.03, 0.01}, {graph.DeviceStoredLayout(), 0.03, 0.01}}
 	if gpuLibraries == "" {
 		tiny = []bound{{float32s, rounding(), rounding()}, {graph.Layout{Forward: ggml.BF16, Backward: ggml.BF16}, 0.06, 0.01}, {graph.Layout{Forward: ggml.F32, Backward: ggml.BF16}, 0.03, 0.01}}
 		if ggml.HasVNNI() {

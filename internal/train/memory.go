@@ -148,8 +148,8 @@ func (t *trainer) refuseMemory(file *gguf.File, least child.MemoryPlan) error {
 }
 
 // gpuOverhead is what a GPU's runtime takes beside our tensors, in bytes: its context, code and workspaces, and ggml's
-// pools. Measured with CUDA 13 on an H100: docs/gpu.md.
-const gpuOverhead = 1280 << 20
+// pools. It follows the size of the matrices, as measured with CUDA 13 on an H100: docs/gpu.md.
+func gpuOverhead(s graph.Shape) int64 { return 640<<20 + 11*int64(s.Embedding)*int64(s.FeedForward) }
 
 // estimate is what a job takes at its peak. On the CPU that is with the process as it is now, the optimizer's moments and
 // the pages that stay in the model file; on a GPU, of its memory alone.
@@ -181,7 +181,11 @@ func (t *trainer) estimate(file *gguf.File, s setting) (child.MemoryPlan, error)
 		WeightBytes: int64(m.Weights), AdapterBytes: int64(m.Adapter), ActivationBytes: int64(m.Activations),
 	}
 	if gpu {
-		p.Device, p.OverheadBytes = device.Description, gpuOverhead
+		shape, err := graph.ReadShape(file)
+		if err != nil {
+			return p, err
+		}
+		p.Device, p.OverheadBytes = device.Description, gpuOverhead(shape)
 	} else {
 		now, err := memory.Resident()
 		if err != nil {

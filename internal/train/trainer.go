@@ -291,8 +291,11 @@ func (t *trainer) done(took time.Duration) error {
 	share := func(d time.Duration) float64 { return 100 * d.Seconds() / took.Seconds() }
 	message := fmt.Sprintf("Trained %d steps in %s; evaluation took %.1f%% of the time, resume states and checkpoints %.1f%%",
 		t.step, took.Round(100*time.Millisecond), share(t.spent.evaluation), share(t.spent.saving))
-	if peak, err := memory.Peak(); err == nil {
+	if peak, err := memory.Peak(); err == nil && !t.backend.GPU() {
 		message += fmt.Sprintf("; memory at most %d MiB, estimated %d MiB", peak>>20, t.plan.Memory.TotalBytes>>20)
+	}
+	if device, ok := t.backend.Device(); ok {
+		message += fmt.Sprintf("; %d MiB of %s are in use by all, estimated %d MiB by this job", (device.MemoryBytes-device.FreeBytes)>>20, device.Description, t.plan.Memory.TotalBytes>>20)
 	}
 	if err := t.info("%s", message); err != nil {
 		return err

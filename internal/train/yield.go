@@ -28,8 +28,12 @@ const (
 )
 
 // yield is called before every micro-batch. It sleeps and computes on one thread while the server that started this
-// process answers, and computes on one thread while any other process uses the processor. The results are the same.
+// process answers, and computes on one thread while any other process uses the processor. The results are the same. A GPU
+// shares itself out.
 func (t *trainer) yield(ctx context.Context) {
+	if t.backend.GPU() {
+		return
+	}
 	if t.runners.used == nil {
 		t.runners.used, t.neighbours.used = siblingsUsed, othersUsed
 	}

@@ -138,6 +138,9 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
                     }
 
 ")
+  # llama.cpp frees its backends before the scheduler, which would then reset the freed one: a crash when a runner ends.
+  change(${cuda}/ggml-cuda.cu "/* .reset                   = */ ggml_backend_cuda_reset," "/* .reset                   = */ true ? nullptr : ggml_backend_cuda_reset,")
+
   # float32 becomes 16 bits four elements at a time: see narrow.cuh.
   change(${cuda}/cpy.cu "#include \"cpy.cuh\"
 " "#include \"cpy.cuh\"
@@ -227,9 +230,10 @@ static void out_prod_weights(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
 ")
 
   # On Hopper (and the data centre Blackwells) the int8 kernels reach less than half of what cuBLAS does. From 192 tokens
-  # on, quantised weights take the way above there, which also keeps gradients of every size; not the transpose of a
-  # head, whose bands would be too narrow.
-  change(${cuda}/ggml-cuda.cu "ggml_cuda_should_use_mmq(src0->type, cc, src1->ne[1]);" "ggml_cuda_should_use_mmq(src0->type, cc, src0->ne[0] > 65536 ? 1 : src1->ne[1]);")
+  # on, quantised weights take the way above there, which also keeps gradients of every size.
+  # Where float32 precision is asked for, as training does, they take that way whatever their number: the int8 kernels
+  # would round the activations to 8 bits.
+  change(${cuda}/ggml-cuda.cu "ggml_cuda_should_use_mmq(src0->type, cc, src1->ne[1]);" "(dst->op_params[0] != GGML_PREC_F32 || src1->ne[1] <= MMVQ_MAX_BATCH_SIZE) && ggml_cuda_should_use_mmq(src0->type, cc, src1->ne[1]);")
   change(${cuda}/mmq.cu "    if (turing_mma_available(cc)) {
         return true;" "    if (GGML_CUDA_CC_IS_NVIDIA(cc) && (cc == 900 || cc == 1000 || cc == 1030) && ne11 >= 192) {
         return false;
