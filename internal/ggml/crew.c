@@ -27,7 +27,6 @@ struct hone_crew {
 	_Atomic uint64_t state __attribute__((aligned(64)));
 	_Atomic int done __attribute__((aligned(64))); // tasks of the open node
 	_Atomic int sleepers;
-	_Atomic uint32_t limit; // threads that may take tasks
 	_Atomic int stop, quit;
 
 	// Of the run; written before the state that opens a node, read by those who have a task of it.
@@ -35,6 +34,8 @@ struct hone_crew {
 	int n, at;
 	bool stopped;
 	int64_t *times, opened;
+
+	clockid_t clock; // of times
 
 	int threads;
 	pthread_t helpers[];
@@ -57,9 +58,9 @@ static void futex_wake(_Atomic uint32_t *at) { syscall(SYS_futex, at, FUTEX_WAKE
 
 static _Atomic uint32_t *serial_of(struct hone_crew *c) { return (_Atomic uint32_t *)((char *)&c->state + offsetof(union state, serial)); }
 
-static int64_t now(const struct hone_crew *c) {
+static int64_t now(clockid_t clock) {
 	struct timespec t;
-	clock_gettime(atomic_load_explicit(&c->limit, memory_order_relaxed) == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+	clock_gettime(clock, &t);
 	return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
@@ -79,7 +80,7 @@ static void open_node(struct hone_crew *c) {
 	union state s = {.word = atomic_load(&c->state)};
 	s.serial++;
 	s.taken = s.tasks = 0;
-	if (c->times) c->opened = now(c);
+	if (c->times) c->opened = now(c->clock);
 	for (; c->at < c->n && !atomic_load_explicit(&c->stop, memory_order_relaxed); c->at++)
 		if ((s.tasks = tasks_of(c->nodes[c->at])) > 0) break;
 	c->stopped = c->at < c->n && s.tasks == 0;
@@ -89,20 +90,19 @@ static void open_node(struct hone_crew *c) {
 }
 
 // take computes one task, if there is one.
-static bool take(struct hone_crew *c, union state s) {
+static void take(struct hone_crew *c, union state s) {
 	union state mine = s;
 	mine.taken++;
-	if (s.taken >= s.tasks || !atomic_compare_exchange_strong(&c->state, &s.word, mine.word)) return false;
+	if (s.taken >= s.tasks || !atomic_compare_exchange_strong(&c->state, &s.word, mine.word)) return;
 	struct ggml_tensor *node = c->nodes[c->at];
 	ggml_custom_op_t fun;
 	memcpy(&fun, node->op_params, sizeof fun); // as ggml's own custom parameters begin
 	fun(node, s.taken, s.tasks, NULL);
 	if (atomic_fetch_add(&c->done, 1) + 1 == s.tasks) {
-		if (c->times) c->times[c->at] += now(c) - c->opened;
+		if (c->times) c->times[c->at] += now(c->clock) - c->opened;
 		c->at++;
 		open_node(c);
 	}
-	return true;
 }
 
 // A thread that never gives way is stopped where the system's slice of time ends, inside a task more often than not, and
@@ -110,27 +110,18 @@ static bool take(struct hone_crew *c, union state s) {
 // the slice is over.
 enum { GIVE_WAY = 2000 * 1000 }; // nanoseconds: half of a tick of Linux at 250 Hz, less than a slice at 1000
 
-static int64_t clock_now(void) {
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-// work takes tasks until the run is over (the caller's thread, 0) or the crew is (a helper).
-static void work(struct hone_crew *c, uint32_t id) {
-	int64_t since = clock_now();
+// work takes tasks until the run is over, or as a helper until the crew is.
+static void work(struct hone_crew *c, bool helper) {
+	int64_t since = now(CLOCK_MONOTONIC);
 	for (int spins = 0;;) {
 		union state s = {.word = atomic_load(&c->state)};
-		uint32_t limit = atomic_load_explicit(&c->limit, memory_order_relaxed);
-		if (id == 0 ? s.tasks == 0 : atomic_load(&c->quit)) return;
-		if (id >= limit) {
-			futex_wait(&c->limit, limit);
-		} else if (s.taken < s.tasks) {
+		if (helper ? atomic_load(&c->quit) : s.tasks == 0) return;
+		if (s.taken < s.tasks) {
 			take(c, s);
 			spins = 0;
-			if (clock_now() - since > GIVE_WAY) {
+			if (now(CLOCK_MONOTONIC) - since > GIVE_WAY) {
 				sched_yield();
-				since = clock_now();
+				since = now(CLOCK_MONOTONIC);
 			}
 		} else if (spins++ < SPINS) {
 			relax();
@@ -138,22 +129,16 @@ static void work(struct hone_crew *c, uint32_t id) {
 			// Whoever opens a node looks for sleepers afterwards, and the system compares the serial number again.
 			atomic_fetch_add(&c->sleepers, 1);
 			union state seen = {.word = atomic_load(&c->state)};
-			if (seen.serial == s.serial && (id == 0 || !atomic_load(&c->quit))) futex_wait(serial_of(c), s.serial);
+			if (seen.serial == s.serial && !(helper && atomic_load(&c->quit))) futex_wait(serial_of(c), s.serial);
 			atomic_fetch_sub(&c->sleepers, 1);
 			spins = 0;
+			since = now(CLOCK_MONOTONIC);
 		}
 	}
 }
 
-struct start {
-	struct hone_crew *crew;
-	int id;
-};
-
-static void *help(void *argument) {
-	struct start s = *(struct start *)argument;
-	free(argument);
-	work(s.crew, s.id);
+static void *help(void *crew) {
+	work(crew, true);
 	return NULL;
 }
 
@@ -162,21 +147,16 @@ struct hone_crew *hone_crew_new(int threads) {
 	if (!c) return NULL;
 	memset(c, 0, sizeof *c);
 	c->threads = 1;
-	atomic_store(&c->limit, threads);
 	// Signals are for the threads of the program.
 	sigset_t all, before;
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	for (int i = 1; i < threads; i++) {
-		struct start *s = malloc(sizeof *s);
-		if (s) *s = (struct start){c, i};
-		if (!s || pthread_create(&c->helpers[i - 1], NULL, help, s) != 0) {
-			free(s);
-			break;
-		}
+		if (pthread_create(&c->helpers[i - 1], NULL, help, c) != 0) break;
 		c->threads++;
 	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	c->clock = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
 	if (c->threads == threads) return c;
 	hone_crew_free(c);
 	return NULL;
@@ -189,7 +169,6 @@ void hone_crew_free(struct hone_crew *c) {
 	s.serial++;
 	atomic_store(&c->state, s.word);
 	futex_wake(serial_of(c));
-	hone_crew_limit(c, INT32_MAX);
 	for (int i = 1; i < c->threads; i++) pthread_join(c->helpers[i - 1], NULL);
 	free(c);
 }
@@ -197,13 +176,8 @@ void hone_crew_free(struct hone_crew *c) {
 bool hone_crew_run(struct hone_crew *c, struct ggml_tensor **nodes, int n, int64_t *times) {
 	c->nodes = nodes, c->n = n, c->at = 0, c->times = times;
 	open_node(c);
-	work(c, 0);
+	work(c, false);
 	return !c->stopped;
-}
-
-void hone_crew_limit(struct hone_crew *c, int threads) {
-	atomic_store(&c->limit, threads < 1 ? 1 : threads);
-	futex_wake(&c->limit);
 }
 
 void hone_crew_stop(struct hone_crew *c, int stop) { atomic_store(&c->stop, stop); }

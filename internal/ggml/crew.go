@@ -17,9 +17,8 @@ import (
 // threads. The goroutine that calls Run is one of them; the others sleep while there is nothing to do. One goroutine at a
 // time may use it, but for Stop. Close ends the threads.
 type Crew struct {
-	c       *C.struct_hone_crew
-	threads int
-	lock    sync.Mutex // of Stop and Close
+	c    *C.struct_hone_crew
+	lock sync.Mutex // of Stop and Close
 }
 
 // NewCrew starts a crew of so many threads, at least one.
@@ -29,14 +28,8 @@ func NewCrew(threads int) (*Crew, error) {
 	if c == nil {
 		return nil, fmt.Errorf("start %d threads: %w", threads, ErrMemory)
 	}
-	return &Crew{c: c, threads: threads}, nil
+	return &Crew{c: c}, nil
 }
-
-// Threads is their number.
-func (c *Crew) Threads() int { return c.threads }
-
-// Limit lets fewer threads compute from the next Run on.
-func (c *Crew) Limit(threads int) { C.hone_crew_limit(c.c, C.int(threads)) }
 
 // Run computes the program. It returns ErrAborted.
 func (c *Crew) Run(p *Program) error { return c.run(p, nil) }

@@ -15,12 +15,9 @@ struct hone_crew *hone_crew_new(int threads);
 void hone_crew_free(struct hone_crew *crew);
 
 // hone_crew_run computes the nodes in order; false: hone_crew_stop ended it between two of them. With times, the
-// nanoseconds that each node took are added there: of the processor if one thread computes, which other processes do not
+// nanoseconds that each node took are added there: of the processor if the crew is one thread, which other processes do not
 // change, else of the clock.
 bool hone_crew_run(struct hone_crew *crew, struct ggml_tensor **nodes, int n, int64_t *times);
-
-// hone_crew_limit lets so many threads compute from the next run on.
-void hone_crew_limit(struct hone_crew *crew, int threads);
 
 // hone_crew_stop ends the run that is under way and every later one, until it is called with 0. Any thread may call it.
 void hone_crew_stop(struct hone_crew *crew, int stop);

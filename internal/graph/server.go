@@ -145,8 +145,8 @@ func describeServer(f *gguf.File, o ServerOptions) (*Server, error) {
 		return nil, &UnsupportedError{"cache type", fmt.Sprintf("%s, expected f16 or q8_0", gguf.Type(o.CacheType))}
 	case o.CacheType == ggml.Q8_0 && shape.Heads.Size%32 != 0:
 		return nil, &UnsupportedError{"cache type", fmt.Sprintf("q8_0 needs heads of a multiple of 32 elements, these have %d", shape.Heads.Size)}
-	case o.CacheTokens > math.MaxInt32/2 || o.BatchTokens > 1<<16 || o.Sequences > 1<<16:
-		return nil, fmt.Errorf("a cache of %d tokens, batches of %d and %d sequences: expected at most %d, 65536 and 65536", o.CacheTokens, o.BatchTokens, o.Sequences, math.MaxInt32/2)
+	case o.CacheTokens > math.MaxInt32/2 || o.BatchTokens > 1<<15 || o.Sequences > 1<<16:
+		return nil, fmt.Errorf("a cache of %d tokens, batches of %d and %d sequences: expected at most %d, 32768 and 65536", o.CacheTokens, o.BatchTokens, o.Sequences, math.MaxInt32/2)
 	}
 	s := &Server{shape: shape, options: o, paged: ggml.Paged{Heads: shape.Heads, Q8: o.CacheType == ggml.Q8_0}, programs: make(map[programKey]*serverProgram)}
 	if s.file, err = gguf.Open(f.Path); err != nil {
