@@ -124,7 +124,7 @@ func sharePrefix(rows [][]engine.Token, random *rand.Rand) engine.Batch {
 
 // TestDeviceSpeed trains a Llama-8B-shaped model of random 4-bit weights on a GPU as the first user did: r 8 on q and v,
 // dropout 0.05, loss on all tokens. HONE_BENCH lists runs as layout:batch:micro-batch tokens:steps[:recompute], such as
-// "bf16/bf16:8:4096:40 stored/q8_0:8:1024:20"; HONE_BENCH_MODEL is where the model is or will be, HONE_BENCH_LAYERS fewer
+// "f16/bf16:8:4096:40 stored/stored:8:1024:20"; HONE_BENCH_MODEL is where the model is or will be, HONE_BENCH_LAYERS fewer
 // layers for a try. It runs where HONE_TEST_GPU names the libraries, and with HONE_BENCH alone on the CPU.
 func TestDeviceSpeed(t *testing.T) {
 	runs := strings.Fields(os.Getenv("HONE_BENCH"))
