@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"syscall"
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/batch"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/store"
 	"github.com/hone-llm/hone/internal/wire"
@@ -53,6 +55,10 @@ var errorKinds = []struct {
 	{as[*store.FileInUseError], http.StatusConflict, "file_in_use", "", 0},
 	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", "", 0},
 	{as[*finetune.ConflictError], http.StatusConflict, "conflict", "", 0},
+	{as[*batch.ConflictError], http.StatusConflict, "conflict", "", 0},
+	{as[*store.SpaceError], http.StatusInsufficientStorage, "insufficient_storage", "", 0},
+	{is(syscall.ENOSPC), http.StatusInsufficientStorage, "insufficient_storage", "the disk of the data directory is full: free some space, or delete files, jobs or models that are not needed", 0},
+	{is(syscall.EDQUOT), http.StatusInsufficientStorage, "insufficient_storage", "the quota of the data directory's disk is used up: delete files, jobs or models that are not needed", 0},
 	{as[*child.ExitError], http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why", 0},
 	{is(child.ErrEnded), http.StatusInternalServerError, "runner_ended", "the process that computes this model ended unexpectedly; the next request starts it again, and the server's log says why", 0},
 }

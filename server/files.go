@@ -1,16 +1,13 @@
 package server
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"mime"
-	"mime/multipart"
 	"net/http"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,98 +19,196 @@ import (
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// Files holds uploads and result files; store.Store implements it. An unknown id is store.ErrNotFound.
+// Files holds files and uploads; store.Store implements it. An unknown id is store.ErrNotFound.
 type Files interface {
-	CreateFile(ctx context.Context, filename, purpose string, r io.Reader) (store.File, error)
+	CheckSpace(bytes int64) error // *store.SpaceError
+	Stage(ctx context.Context, r io.Reader) (*store.Staged, error)
+	Discard(blob *store.Staged) error
+	AddFile(ctx context.Context, blob *store.Staged, f store.NewFile) (store.File, error)
 	File(ctx context.Context, id string) (store.File, error)
 	OpenFile(ctx context.Context, id string) (store.File, io.ReadSeekCloser, error)
 	Files(ctx context.Context, q store.FileQuery) (files []store.File, more bool, err error)
-	DeleteFile(ctx context.Context, id string) error
+	DeleteFile(ctx context.Context, id string) error // *store.FileInUseError
+
+	// Of uploads, *store.UploadError refuses what does not fit.
+	CreateUpload(ctx context.Context, u store.Upload) (store.Upload, error)
+	Upload(ctx context.Context, id string) (store.Upload, error)
+	PartBytes(ctx context.Context, uploadID string) (int64, error)
+	AddPart(ctx context.Context, uploadID string, blob *store.Staged) (store.UploadPart, error)
+	CompleteUpload(ctx context.Context, id string, partIDs []string, md5 string) (store.Upload, store.File, error)
+	CancelUpload(ctx context.Context, id string) (store.Upload, error)
 }
 
 // Limits of an upload.
 const (
 	maxFileBytes     = 512 << 20
 	maxFilenameBytes = 255
-	maxPurposeBytes  = 64
+	maxFieldBytes    = 64 // of a form's field that is no file
 	// maxFormBytes is what a form may hold beside the file: its boundaries, headers and other fields.
 	maxFormBytes = 1 << 20
 )
 
-// purposes are OpenAI's. hone uses fine-tune; the others are kept for clients that send them.
+// purposes are OpenAI's. hone uses fine-tune and batch; the others are kept for clients that send them.
 var purposes = []string{"fine-tune", "assistants", "batch", "vision", "user_data", "evals"}
 
-// createFile streams an upload to disk: its size does not matter to memory.
-func (s *Server) createFile(c *gin.Context) error {
-	c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, maxFileBytes+maxFormBytes)
-	form, err := c.Request.MultipartReader()
-	if errors.Is(err, http.ErrNotMultipart) {
-		return wrongMedia("expected a multipart/form-data body with the fields purpose and file, not %s", cmp.Or(c.ContentType(), "one without a Content-Type"))
+// ownPurposes are those of files that a server makes.
+var ownPurposes = []string{"batch_output", "fine-tune-results", "assistants_output"}
+
+func checkPurpose(purpose string) error {
+	switch {
+	case slices.Contains(purposes, purpose):
+		return nil
+	case slices.Contains(ownPurposes, purpose):
+		return invalid("purpose", "the purpose %s is of files that the server writes; expected one of %s", purpose, strings.Join(purposes, ", "))
 	}
-	if err != nil {
-		return invalid("file", "expected a multipart/form-data body with the fields purpose and file: %v", err)
+	return invalid("purpose", "purpose is %.64q, expected one of %s", purpose, strings.Join(purposes, ", "))
+}
+
+// Bounds of expires_after, OpenAI's, in seconds.
+const (
+	minLifetime = 3600
+	maxLifetime = 2592000
+)
+
+// lifetimeOf checks an expires_after, of which nil is none; param names it.
+func lifetimeOf(param string, after *wire.ExpiresAfter) (time.Duration, error) {
+	switch {
+	case after == nil:
+		return 0, nil
+	case after.Anchor != "created_at":
+		return 0, invalid(param+".anchor", "%s.anchor is %.40q, expected created_at", param, after.Anchor)
+	case after.Seconds < minLifetime || after.Seconds > maxLifetime:
+		return 0, invalid(param+".seconds", "%s.seconds is %d, expected %d to %d", param, after.Seconds, minLifetime, maxLifetime)
 	}
-	var purpose string
-	var spool *os.File // of a file that came before its purpose
-	var spooledName string
+	return time.Duration(after.Seconds) * time.Second, nil
+}
+
+// fileForm is a form with one file in it, which is on disk but has no name yet.
+type fileForm struct {
+	fields map[string]string
+	name   string        // of the file
+	blob   *store.Staged // nil: the form has none
+}
+
+// readForm streams the file in the form's field of this name to disk; its size does not matter to memory. It refuses one of
+// more than limit bytes, at once if the request says how long it is. Each field of the form is shown to check when it comes,
+// so that nothing is read in vain. The caller discards the blob.
+func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(name, value string) error) (form fileForm, err error) {
 	defer func() {
-		if spool != nil {
-			spool.Close()
+		if err != nil && form.blob != nil {
+			err = errors.Join(err, s.files.Discard(form.blob))
+			form.blob = nil
 		}
 	}()
+	most := limit + maxFormBytes
+	if c.Request.ContentLength > most {
+		return form, tooLarge(field, limit)
+	}
+	if err := s.files.CheckSpace(max(c.Request.ContentLength, 0)); err != nil {
+		return form, err
+	}
+	c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, most)
+	parts, err := c.Request.MultipartReader()
+	if errors.Is(err, http.ErrNotMultipart) {
+		return form, wrongMedia("expected a multipart/form-data body with the field %s, not %s", field, cmp.Or(c.ContentType(), "one without a Content-Type"))
+	}
+	if err != nil {
+		return form, invalid(field, "expected a multipart/form-data body with the field %s: %v", field, err)
+	}
+	form.fields = map[string]string{}
 	for {
-		part, err := form.NextPart()
+		part, err := parts.NextPart()
 		if errors.Is(err, io.EOF) {
-			break
+			return form, nil
 		}
 		if err != nil {
-			return formError(err)
+			return form, formError(err, field, limit)
 		}
-		switch part.FormName() {
-		case "purpose":
-			value, err := io.ReadAll(io.LimitReader(part, maxPurposeBytes))
+		if name := part.FormName(); name != field {
+			value, err := io.ReadAll(io.LimitReader(part, maxFieldBytes))
+			if err == nil {
+				_, err = io.Copy(io.Discard, part)
+			}
 			if err != nil {
-				return formError(err)
+				return form, formError(err, field, limit)
 			}
-			if purpose = strings.TrimSpace(string(value)); !slices.Contains(purposes, purpose) {
-				return invalid("purpose", "purpose is %q, expected one of %s", purpose, strings.Join(purposes, ", "))
+			form.fields[name] = strings.TrimSpace(string(value))
+			if err := check(name, form.fields[name]); err != nil {
+				return form, err
 			}
-		case "file":
-			name, err := filename(part)
-			if err != nil {
-				return err
-			}
-			if spool != nil {
-				return invalid("file", "the form has more than one file")
-			}
-			if purpose != "" {
-				return s.storeFile(c, name, purpose, part)
-			}
-			if spool, err = spoolFile(part); err != nil {
-				return err
-			}
-			spooledName = name
-		case "expires_after", "expires_after[anchor]", "expires_after[seconds]":
-			return invalid("expires_after", "expires_after is not available; delete the file when it is not needed any more")
-		default:
-			if _, err := io.Copy(io.Discard, part); err != nil {
-				return formError(err)
-			}
+			continue
+		}
+		if form.blob != nil {
+			return form, invalid(field, "the form has more than one %s", field)
+		}
+		form.name = part.FileName()
+		content := &uploadReader{r: &fileLimit{r: part, left: limit}}
+		form.blob, err = s.files.Stage(c.Request.Context(), content)
+		if content.err != nil && c.Request.Context().Err() == nil {
+			return form, formError(content.err, field, limit) // the client's fault, not the store's
+		}
+		if err != nil {
+			return form, err
 		}
 	}
+}
+
+// createFile answers POST /v1/files.
+func (s *Server) createFile(c *gin.Context) error {
+	after := new(wire.ExpiresAfter)
+	expires := false
+	form, err := s.readForm(c, "file", maxFileBytes, func(name, value string) error {
+		var err error
+		switch name {
+		case "purpose":
+			return checkPurpose(value)
+		case "expires_after":
+			return invalid(name, "expected the fields expires_after[anchor] and expires_after[seconds]")
+		case "expires_after[anchor]":
+			after.Anchor, expires = value, true
+		case "expires_after[seconds]":
+			expires = true
+			if after.Seconds, err = strconv.ParseInt(value, 10, 64); err != nil {
+				return invalid("expires_after.seconds", "expires_after.seconds is %q, expected %d to %d", value, minLifetime, maxLifetime)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if form.blob != nil {
+		defer func() { _ = s.files.Discard(form.blob) }() // at the latest the next start removes it
+	}
+	name, err := filename(form.name)
+	purpose := form.fields["purpose"]
 	switch {
-	case spool == nil:
+	case form.blob == nil:
 		return invalid("file", "the form has no field named file")
+	case err != nil:
+		return err
+	case form.blob.Bytes() == 0:
+		return invalid("file", "the file %s is empty", name)
 	case purpose == "":
 		return invalid("purpose", "the form has no field named purpose; expected one of %s", strings.Join(purposes, ", "))
 	}
-	return s.storeFile(c, spooledName, purpose, spool)
+	if !expires {
+		after = nil
+	}
+	lifetime, err := lifetimeOf("expires_after", after)
+	if err != nil {
+		return err
+	}
+	file, err := s.files.AddFile(c.Request.Context(), form.blob, store.NewFile{Filename: name, Purpose: purpose, Lifetime: lifetime})
+	if err != nil {
+		return err
+	}
+	return encode(c, http.StatusOK, fileToWire(file))
 }
 
 // filename takes the last element of the name that the client sent. Nothing is ever opened under it.
-func filename(part *multipart.Part) (string, error) {
-	name := part.FileName()
-	if i := strings.LastIndexByte(name, '\\'); i >= 0 { // Windows clients may send a path
+func filename(name string) (string, error) {
+	if i := strings.LastIndexAny(name, `/\`); i >= 0 { // clients may send a path
 		name = name[i+1:]
 	}
 	name = strings.Map(func(r rune) rune {
@@ -129,43 +224,6 @@ func filename(part *multipart.Part) (string, error) {
 		return "", invalid("file", "the file's name is longer than %d bytes", maxFilenameBytes)
 	}
 	return name, nil
-}
-
-// spoolFile copies a part into a file without a name, positioned at its start.
-func spoolFile(part io.Reader) (*os.File, error) {
-	file, err := os.CreateTemp("", "hone-upload-")
-	if err != nil {
-		return nil, fmt.Errorf("keep an upload: %w", err)
-	}
-	if err := os.Remove(file.Name()); err != nil {
-		file.Close()
-		return nil, fmt.Errorf("keep an upload: %w", err)
-	}
-	if _, err := io.Copy(file, &fileLimit{r: part, left: maxFileBytes}); err != nil {
-		file.Close()
-		return nil, formError(err)
-	}
-	if _, err := file.Seek(0, io.SeekStart); err != nil {
-		file.Close()
-		return nil, fmt.Errorf("keep an upload: %w", err)
-	}
-	return file, nil
-}
-
-func (s *Server) storeFile(c *gin.Context, name, purpose string, r io.Reader) error {
-	upload := &uploadReader{r: &fileLimit{r: r, left: maxFileBytes}}
-	content := bufio.NewReader(upload)
-	if _, err := content.Peek(1); errors.Is(err, io.EOF) {
-		return invalid("file", "the file %s is empty", name)
-	}
-	file, err := s.files.CreateFile(c.Request.Context(), name, purpose, content)
-	if upload.err != nil && c.Request.Context().Err() == nil {
-		return formError(upload.err) // the client's fault, not the store's
-	}
-	if err != nil {
-		return err
-	}
-	return encode(c, http.StatusOK, fileToWire(file))
 }
 
 // uploadReader remembers the error that ended the reading, to tell it from one of the store.
@@ -194,19 +252,26 @@ func (l *fileLimit) Read(p []byte) (int, error) {
 	}
 	n, err := l.r.Read(p)
 	if l.left -= int64(n); l.left < 0 {
-		return 0, &http.MaxBytesError{Limit: maxFileBytes}
+		return 0, new(http.MaxBytesError)
 	}
 	return n, err
 }
 
-func formError(err error) error {
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		err = &http.MaxBytesError{Limit: maxFileBytes}
+// tooLarge refuses a file of more than limit bytes in the form's field of this name.
+func tooLarge(field string, limit int64) *wire.Error {
+	return &wire.Error{Status: http.StatusRequestEntityTooLarge, Type: wire.ErrorTypeInvalidRequest, Param: &field, Code: new("request_too_large"),
+		Message: fmt.Sprintf("the %s is longer than %d MiB", field, limit>>20)}
+}
+
+// formError explains why a form with a file of at most limit bytes could not be read.
+func formError(err error, field string, limit int64) error {
+	switch {
+	case errors.As(err, new(*http.MaxBytesError)):
+		return tooLarge(field, limit)
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
+		return invalid(field, "the form ends before its last boundary: the upload was cut off")
 	}
-	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-		return invalid("file", "the form ends before its last boundary: the upload was cut off")
-	}
-	return readError(err, "file")
+	return readError(err, field)
 }
 
 func (s *Server) listFiles(c *gin.Context) error {
@@ -282,6 +347,7 @@ func (s *Server) fileContent(c *gin.Context) error {
 	if disposition := mime.FormatMediaType("attachment", map[string]string{"filename": file.Filename}); disposition != "" {
 		c.Header("Content-Disposition", disposition)
 	}
+	c.Header("ETag", `"`+file.SHA256+`"`)
 	http.ServeContent(c.Writer, c.Request, "", time.Unix(file.CreatedAt, 0), content)
 	return nil
 }
@@ -295,5 +361,8 @@ func (s *Server) deleteFile(c *gin.Context) error {
 }
 
 func fileToWire(f store.File) wire.File {
-	return wire.File{ID: f.ID, Object: "file", Bytes: f.Bytes, CreatedAt: f.CreatedAt, Filename: f.Filename, Purpose: f.Purpose, Status: "processed"}
+	return wire.File{
+		ID: f.ID, Object: "file", Bytes: f.Bytes, CreatedAt: f.CreatedAt, ExpiresAt: unlessZero(f.ExpiresAt),
+		Filename: f.Filename, Purpose: f.Purpose, Status: "processed",
+	}
 }

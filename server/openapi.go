@@ -67,6 +67,9 @@ var operations = []operation{
 		"type": "object", "required": []string{"purpose", "file"}, "properties": schema{
 			"purpose": schema{"type": "string", "enum": anys(purposes)},
 			"file":    schema{"type": "string", "contentMediaType": "application/octet-stream", "minLength": 1},
+
+			"expires_after[anchor]":  oneOf("created_at"),
+			"expires_after[seconds]": between("integer", minLifetime, maxLifetime),
 		},
 	}},
 	{method: "GET", path: "/v1/files", id: "listFiles", summary: "List files", answer: wire.List[wire.File]{},
@@ -74,6 +77,18 @@ var operations = []operation{
 	{method: "GET", path: "/v1/files/:id", id: "retrieveFile", summary: "Retrieve a file's description", answer: wire.File{}},
 	{method: "GET", path: "/v1/files/:id/content", id: "downloadFile", summary: "A file's bytes", media: "application/octet-stream"},
 	{method: "DELETE", path: "/v1/files/:id", id: "deleteFile", summary: "Delete a file", answer: wire.Deleted{}},
+	{method: "POST", path: "/v1/uploads", id: "createUpload", summary: "Begin a file that comes in parts", request: wire.UploadRequest{}, answer: wire.Upload{}},
+	{method: "POST", path: "/v1/uploads/:id/parts", id: "addUploadPart", summary: "Add a part to an upload", answer: wire.UploadPart{}, form: schema{
+		"type": "object", "required": []string{"data"}, "properties": schema{
+			"data": schema{"type": "string", "contentMediaType": "application/octet-stream", "minLength": 1},
+		},
+	}},
+	{method: "POST", path: "/v1/uploads/:id/complete", id: "completeUpload", summary: "Join the parts to a file", request: wire.CompleteUploadRequest{}, answer: wire.Upload{}},
+	{method: "POST", path: "/v1/uploads/:id/cancel", id: "cancelUpload", summary: "Give an upload up", answer: wire.Upload{}},
+	{method: "POST", path: "/v1/batches", id: "createBatch", summary: "Answer the requests of a file", request: wire.BatchRequest{}, answer: wire.Batch{}},
+	{method: "GET", path: "/v1/batches", id: "listBatches", summary: "List batches, newest first", query: []parameter{after, limit(100)}, answer: wire.List[wire.Batch]{}},
+	{method: "GET", path: "/v1/batches/:id", id: "retrieveBatch", summary: "Retrieve a batch", answer: wire.Batch{}},
+	{method: "POST", path: "/v1/batches/:id/cancel", id: "cancelBatch", summary: "Let a batch end with the answers that it has", answer: wire.Batch{}},
 	{method: "POST", path: "/v1/fine_tuning/jobs", id: "createFineTuningJob", summary: "Create a fine-tuning job",
 		request: wire.FineTuningJobRequest{}, answer: wire.FineTuningJob{}},
 	{method: "POST", path: "/v1/fine_tuning/jobs/dry_run", id: "dryRunFineTuningJob", summary: "What a job of the same request would do",

@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -30,13 +31,14 @@ import (
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// Options are what the API works with. Generator, Models, Adapters, Jobs and Files are required.
+// Options are what the API works with. Generator, Models, Adapters, Jobs, Files and Batches are required.
 type Options struct {
 	Generator Generator
 	Models    Models
 	Adapters  Adapters
 	Jobs      Jobs
 	Files     Files
+	Batches   Batches
 
 	// AllowedHosts are names that the Host header may have beside loopback names and addresses; AnyHost allows all.
 	AllowedHosts []string
@@ -52,6 +54,10 @@ type Server struct {
 	adapters  Adapters
 	jobs      Jobs
 	files     Files
+	batches   Batches
+
+	computing   atomic.Int64 // users' requests that models compute
+	batchEngine *gin.Engine  // of requests of batches
 
 	hosts   []string
 	anyHost bool
@@ -64,7 +70,7 @@ type Server struct {
 // New returns the server of opts.
 func New(opts Options) *Server {
 	s := &Server{
-		generator: opts.Generator, models: opts.Models, adapters: opts.Adapters, jobs: opts.Jobs, files: opts.Files,
+		generator: opts.Generator, models: opts.Models, adapters: opts.Adapters, jobs: opts.Jobs, files: opts.Files, batches: opts.Batches,
 		hosts: opts.AllowedHosts, anyHost: opts.AnyHost, origin: http.NewCrossOriginProtection(),
 		logger: opts.Logger, now: opts.Now,
 	}
@@ -82,6 +88,7 @@ func New(opts Options) *Server {
 	s.engine.HandleMethodNotAllowed = true
 	s.engine.Use(s.handle(s.guard))
 	s.route()
+	s.batchEngine = s.inner()
 	return s
 }
 
@@ -93,10 +100,10 @@ func (s *Server) route() {
 	e.GET("/health", s.handle(s.health))
 	e.GET("/openapi.json", s.handle(s.openAPI))
 	v1 := e.Group("/v1")
-	v1.POST("/chat/completions", s.handle(s.chatCompletion))
-	v1.POST("/completions", s.handle(s.completion))
-	v1.POST("/embeddings", s.handle(s.embeddings))
-	v1.POST("/decisions", s.handle(s.decision))
+	v1.POST("/chat/completions", s.compute, s.handle(s.chatCompletion))
+	v1.POST("/completions", s.compute, s.handle(s.completion))
+	v1.POST("/embeddings", s.compute, s.handle(s.embeddings))
+	v1.POST("/decisions", s.compute, s.handle(s.decision))
 	for _, g := range []gin.IRoutes{v1, e} { // vLLM has them outside of /v1
 		g.POST("/tokenize", s.handle(s.tokenize))
 		g.POST("/detokenize", s.handle(s.detokenize))
@@ -110,6 +117,14 @@ func (s *Server) route() {
 	v1.GET("/files/:id", s.handle(s.getFile))
 	v1.GET("/files/:id/content", s.handle(s.fileContent))
 	v1.DELETE("/files/:id", s.handle(s.deleteFile))
+	v1.POST("/uploads", s.handle(s.createUpload))
+	v1.POST("/uploads/:id/parts", s.handle(s.createPart))
+	v1.POST("/uploads/:id/complete", s.handle(s.completeUpload))
+	v1.POST("/uploads/:id/cancel", s.handle(s.cancelUpload))
+	v1.POST("/batches", s.handle(s.createBatch))
+	v1.GET("/batches", s.handle(s.listBatches))
+	v1.GET("/batches/:id", s.handle(s.getBatch))
+	v1.POST("/batches/:id/cancel", s.handle(s.cancelBatch))
 	v1.POST("/fine_tuning/jobs", s.handle(s.createJob))
 	v1.POST("/fine_tuning/jobs/dry_run", s.handle(s.dryRun))
 	v1.GET("/fine_tuning/jobs", s.handle(s.listJobs))

@@ -26,6 +26,7 @@ import (
 
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/batch"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/lora"
@@ -293,9 +294,12 @@ func newRig(t *testing.T) *rig {
 	models := bases{{Base: child.Base{Name: "smol", Dir: "/models/smol", Digest: smolDigest}, Architecture: "llama", ContextTokens: 2048, CreatedAt: 5}}
 	// The jobs are not started: those that are created stay in their first state.
 	jobs := finetune.New(finetune.Options{Store: st, Models: models, Adapters: registry, Dir: filepath.Join(dir, "jobs"), Start: startPlanner})
+	batches := batch.New(batch.Options{Store: st})
 	r := &rig{echo: &echo{cancelled: make(chan struct{})}, store: st, registry: registry, jobs: jobs, dir: dir}
-	s := New(Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Now: func() time.Time { return time.Unix(1700000000, 0) }})
+	s := New(Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Batches: batches, Now: func() time.Time { return time.Unix(1700000000, 0) }})
 	r.Server = httptest.NewServer(s.Handler())
+	batches.Start(s)
+	t.Cleanup(batches.Stop)
 	t.Cleanup(r.Close)
 	return r
 }
@@ -665,7 +669,11 @@ func TestUploadForms(t *testing.T) {
 		{name: "empty file", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "a.jsonl", ""}}, param: "file", part: "a.jsonl is empty"},
 		{name: "cut off", parts: [][3]string{{"purpose", "", "fine-tune"}, {"file", "a.jsonl", strings.Repeat("x", 1000)}}, cut: 500, param: "file", part: "cut off"},
 		{name: "two files", parts: [][3]string{{"file", "a", "x"}, {"file", "b", "y"}}, param: "file", part: "more than one file"},
-		{name: "expiry", parts: [][3]string{{"expires_after[seconds]", "", "9"}, {"purpose", "", "fine-tune"}, {"file", "b", "y"}}, param: "expires_after", part: "not available"},
+		{name: "purpose of the server", parts: [][3]string{{"purpose", "", "batch_output"}, {"file", "a", "x"}}, param: "purpose", part: "files that the server writes"},
+		{name: "expiry after the file", parts: [][3]string{{"file", "b", "y"}, {"purpose", "", "fine-tune"}, {"expires_after[anchor]", "", "created_at"}, {"expires_after[seconds]", "", "3600"}}, part: `"expires_at":`},
+		{name: "expiry too soon", parts: [][3]string{{"expires_after[anchor]", "", "created_at"}, {"expires_after[seconds]", "", "3599"}, {"purpose", "", "fine-tune"}, {"file", "b", "y"}}, param: "expires_after.seconds", part: "expected 3600 to 2592000"},
+		{name: "expiry that is no number", parts: [][3]string{{"expires_after[seconds]", "", "soon"}, {"purpose", "", "fine-tune"}, {"file", "b", "y"}}, param: "expires_after.seconds", part: `is \"soon\"`},
+		{name: "expiry without an anchor", parts: [][3]string{{"expires_after[seconds]", "", "3600"}, {"purpose", "", "fine-tune"}, {"file", "b", "y"}}, param: "expires_after.anchor", part: "expected created_at"},
 	} {
 		body, contentType := form(test.parts...)
 		status, answer := r.do(t, "POST", "/v1/files", body[:len(body)-test.cut], "Content-Type", contentType)

@@ -24,6 +24,7 @@ import (
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/configs"
 	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/batch"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/models"
 	"github.com/hone-llm/hone/internal/store"
@@ -38,7 +39,7 @@ type Options struct {
 	Exe string
 	Env []string
 
-	// IdleJobs lets fine-tuning jobs wait for the next server; dry runs work all the same.
+	// IdleJobs lets fine-tuning jobs and batches wait for the next server; dry runs work all the same.
 	IdleJobs bool
 
 	Note     func(line string)       // is told what happens while the default model is fetched, for people
@@ -62,6 +63,8 @@ type App struct {
 	memory   *child.Memory
 	runners  *child.Runners
 	jobs     *finetune.Jobs
+	batches  *batch.Batches
+	expiry   *expiry
 	listener net.Listener
 	http     *http.Server
 	requests context.CancelCauseFunc // ends the contexts of all requests
@@ -132,11 +135,16 @@ func (a *App) Start(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	a.batches = batch.New(batch.Options{Store: a.state, Logger: a.opts.Logger})
 	api := server.New(server.Options{
-		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Logger: a.opts.Logger,
+		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Batches: a.batches, Logger: a.opts.Logger,
 		AllowedHosts: append([]string{a.cfg.Host}, a.cfg.AllowedHosts...),
 		AnyHost:      a.cfg.AllowRemote && len(a.cfg.AllowedHosts) == 0,
 	})
+	a.expiry = newExpiry(a.state, a.opts.Logger) //nolint:contextcheck // it outlives the start, as requests do
+	if !a.opts.IdleJobs {
+		a.batches.Start(api)
+	}
 	a.serve(api) //nolint:contextcheck // requests outlive the start
 	a.opts.Logger.Info("listening", "addr", a.Addr(), "data_dir", a.cfg.DataDir)
 	return nil
@@ -244,6 +252,9 @@ func (a *App) stop(ctx context.Context) error {
 		}
 		jobs <- a.jobs.Stop(ctx)
 	}()
+	if a.batches != nil {
+		a.batches.Stop() // their answers are the next server's
+	}
 	if a.http != nil {
 		a.drain(ctx)
 	} else if a.listener != nil {
@@ -257,6 +268,9 @@ func (a *App) stop(ctx context.Context) error {
 	}
 	if a.registry != nil {
 		errs = append(errs, a.registry.Close())
+	}
+	if a.expiry != nil {
+		a.expiry.stop()
 	}
 	if a.state != nil {
 		errs = append(errs, a.state.Close())
