@@ -18,6 +18,9 @@ func (s *Server) tokenize(c *gin.Context) error {
 	if err := decode(c, &req, refuseInTokenize); err != nil {
 		return err
 	}
+	if _, err := toolNames(req.Tools); err != nil {
+		return err
+	}
 	ask := child.TokenizeRequest{Text: req.Prompt, AddSpecialTokens: req.AddSpecialTokens == nil || *req.AddSpecialTokens}
 	switch {
 	case req.Prompt == nil && len(req.Messages) == 0:
@@ -26,9 +29,6 @@ func (s *Server) tokenize(c *gin.Context) error {
 		return invalid("messages", "prompt and messages are both there; send one of them")
 	case len(req.Messages) > 0:
 		if err := checkMessages(req.Messages); err != nil {
-			return err
-		}
-		if _, err := toolNames(req.Tools); err != nil {
 			return err
 		}
 		ask.Messages, ask.AddSpecialTokens = conversation(req.Messages), false // the template has them

@@ -92,10 +92,33 @@ func (l *StringList) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
+// TokenIDs are the ids of tokens.
+type TokenIDs []int32
+
+// UnmarshalJSON refuses null among the ids, which encoding/json would read as token 0.
+func (ids *TokenIDs) UnmarshalJSON(data []byte) error {
+	if data = bytes.TrimSpace(data); string(data) == "null" {
+		*ids = nil
+		return nil
+	}
+	var elements []*int32
+	if err := json.Unmarshal(data, &elements); err != nil {
+		return err
+	}
+	*ids = make(TokenIDs, len(elements))
+	for i, id := range elements {
+		if id == nil {
+			return fmt.Errorf("[%d]: expected an integer, not null", i)
+		}
+		(*ids)[i] = *id
+	}
+	return nil
+}
+
 // Text is a string, or its token ids if Tokens is not nil.
 type Text struct {
 	String string
-	Tokens []int32
+	Tokens TokenIDs
 }
 
 // MarshalJSON writes the string or the array of ids.
@@ -113,7 +136,7 @@ func (t *Text) UnmarshalJSON(data []byte) error {
 	case len(data) > 0 && data[0] == '"':
 		return json.Unmarshal(data, &t.String)
 	case len(data) > 0 && data[0] == '[':
-		t.Tokens = []int32{}
+		t.Tokens = TokenIDs{}
 		if err := json.Unmarshal(data, &t.Tokens); err == nil {
 			return nil
 		}

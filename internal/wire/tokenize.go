@@ -22,8 +22,8 @@ type TokenizeResponse struct {
 
 // DetokenizeRequest is the body of POST /detokenize.
 type DetokenizeRequest struct {
-	Model  string  `json:"model,omitempty"`
-	Tokens []int32 `json:"tokens"`
+	Model  string   `json:"model,omitempty"`
+	Tokens TokenIDs `json:"tokens"`
 }
 
 // DetokenizeResponse answers it.

@@ -89,6 +89,26 @@ func TestSafeOutput(t *testing.T) {
 	}
 }
 
+func TestTexts(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]Texts{
+		`"x"`: {{String: "x"}}, `["x","y"]`: {{String: "x"}, {String: "y"}}, `[1,2]`: {{Tokens: TokenIDs{1, 2}}}, `[[1],[2]]`: {{Tokens: TokenIDs{1}}, {Tokens: TokenIDs{2}}},
+	} {
+		var got Texts
+		if err := json.Unmarshal([]byte(in), &got); err != nil || !cmp.Equal(got, want) {
+			t.Errorf("%s: %v, %v", in, got, err)
+		}
+	}
+	for _, bad := range []string{`[null]`, `[1,null]`, `[[null]]`, `{}`, `5`, `[1.5]`} {
+		if err := json.Unmarshal([]byte(bad), new(Texts)); err == nil {
+			t.Errorf("%s was accepted", bad)
+		}
+	}
+	if err := json.Unmarshal([]byte(`{"tokens":[1,null]}`), new(DetokenizeRequest)); err == nil {
+		t.Error("null among token ids was accepted")
+	}
+}
+
 func TestStringList(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]StringList{`"x"`: {"x"}, `["x","y"]`: {"x", "y"}, `[]`: {}} {
