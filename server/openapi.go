@@ -22,14 +22,14 @@ type operation struct {
 	query        []parameter
 	request      any    // a value of the type of the JSON body; nil: there is none
 	form         schema // of a multipart body
-	answer       any    // a value of the type of the JSON answer; nil: bytes of media
+	answer       any    // a value of the type of the JSON answer; nil: bytes of media, and without that an error at any rate
 	media        string
 	stream       any // a value of the type of each event, of requests with stream: true
 }
 
 type parameter struct {
 	name  string
-	shape schema
+	shape schema // an object is sent as name[key]=value
 }
 
 var (
@@ -94,13 +94,23 @@ var operations = []operation{
 	{method: "POST", path: "/v1/fine_tuning/jobs/dry_run", id: "dryRunFineTuningJob", summary: "What a job of the same request would do",
 		request: wire.FineTuningJobRequest{}, answer: wire.FineTuningDryRun{}},
 	{method: "GET", path: "/v1/fine_tuning/jobs", id: "listFineTuningJobs", summary: "List jobs, newest first",
-		query: []parameter{after, limit(1000)}, answer: wire.List[wire.FineTuningJob]{}},
+		query:  []parameter{after, limit(1000), {"metadata", schema{"type": "object", "additionalProperties": text, "maxProperties": maxMetadata}}},
+		answer: wire.List[wire.FineTuningJob]{}},
 	{method: "GET", path: "/v1/fine_tuning/jobs/:id", id: "retrieveFineTuningJob", summary: "Retrieve a job", answer: wire.FineTuningJob{}},
 	{method: "POST", path: "/v1/fine_tuning/jobs/:id/cancel", id: "cancelFineTuningJob", summary: "Cancel a job", answer: wire.FineTuningJob{}},
+	{method: "POST", path: "/v1/fine_tuning/jobs/:id/pause", id: "pauseFineTuningJob", summary: "Let a job wait", answer: wire.FineTuningJob{}},
+	{method: "POST", path: "/v1/fine_tuning/jobs/:id/resume", id: "resumeFineTuningJob", summary: "Let a job that waits go on", answer: wire.FineTuningJob{}},
 	{method: "GET", path: "/v1/fine_tuning/jobs/:id/events", id: "listFineTuningEvents", summary: "A job's events, newest first",
 		query: []parameter{after, limit(1000)}, answer: wire.List[wire.FineTuningJobEvent]{}},
 	{method: "GET", path: "/v1/fine_tuning/jobs/:id/checkpoints", id: "listFineTuningJobCheckpoints", summary: "A job's checkpoints, newest first",
 		query: []parameter{after, limit(1000)}, answer: wire.List[wire.FineTuningJobCheckpoint]{}},
+	{method: "GET", path: "/v1/fine_tuning/checkpoints/:checkpoint/permissions", id: "listFineTuningCheckpointPermissions", summary: "Who may use a checkpoint",
+		query:  []parameter{after, limit(1000), {"order", oneOf("ascending", "descending")}, {"project_id", text}},
+		answer: wire.List[wire.CheckpointPermission]{}},
+	{method: "POST", path: "/v1/fine_tuning/checkpoints/:checkpoint/permissions", id: "createFineTuningCheckpointPermission", summary: "As the list: there is one project",
+		request: wire.CheckpointPermissionRequest{}, answer: wire.List[wire.CheckpointPermission]{}},
+	{method: "DELETE", path: "/v1/fine_tuning/checkpoints/:checkpoint/permissions/:permission", id: "deleteFineTuningCheckpointPermission",
+		summary: "Refused: the only project's permission stays"},
 }
 
 // openAPI answers GET /openapi.json.
@@ -134,21 +144,26 @@ func describe(list []operation) (document schema, all *schemas) {
 			parameters = append(parameters, schema{"name": name, "in": "path", "required": true, "schema": someText})
 		}
 		for _, p := range op.query {
-			parameters = append(parameters, schema{"name": p.name, "in": "query", "schema": p.shape})
+			parameter := schema{"name": p.name, "in": "query", "schema": p.shape}
+			if p.shape["type"] == "object" {
+				parameter["style"], parameter["explode"] = "deepObject", true
+			}
+			parameters = append(parameters, parameter)
 		}
 		content := schema{}
+		responses := schema{"4XX": refused, "5XX": refused}
 		if op.answer != nil {
 			content["application/json"] = schema{"schema": all.of(reflect.TypeOf(op.answer), false)}
-		} else {
+		} else if op.media != "" {
 			content[op.media] = schema{"schema": schema{}}
 		}
 		if op.stream != nil {
 			content["text/event-stream"] = schema{"schema": all.of(reflect.TypeOf(op.stream), false)}
 		}
-		described := schema{
-			"operationId": op.id, "summary": op.summary,
-			"responses": schema{"200": schema{"description": "OK", "content": content}, "4XX": refused, "5XX": refused},
+		if len(content) > 0 {
+			responses["200"] = schema{"description": "OK", "content": content}
 		}
+		described := schema{"operationId": op.id, "summary": op.summary, "responses": responses}
 		if parameters != nil {
 			described["parameters"] = parameters
 		}
