@@ -126,7 +126,7 @@ func (s *Server) inner() *gin.Engine {
 	return e
 }
 
-// Answer implements batch.Endpoints: the handlers of the API answer.
+// Answer implements batch.API: the handlers of the API answer.
 func (s *Server) Answer(ctx context.Context, path string, body []byte) batch.Answer {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, path, bytes.NewReader(body))
 	if err != nil {
@@ -140,7 +140,7 @@ func (s *Server) Answer(ctx context.Context, path string, body []byte) batch.Ans
 	return batch.Answer{Status: w.status, RequestID: w.header.Get(requestIDHeader), RetryAfter: time.Duration(seconds) * time.Second, Body: w.body.Bytes()}
 }
 
-// Busy implements batch.Endpoints.
+// Busy implements batch.API.
 func (s *Server) Busy() bool { return s.computing.Load() > 0 }
 
 // compute counts a user's request that a model computes.

@@ -8,7 +8,9 @@ import (
 	"strings"
 
 	"github.com/hone-llm/hone/finetune"
+	"github.com/hone-llm/hone/internal/batch"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/store"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
@@ -226,6 +228,10 @@ var required = map[string][]string{
 	"FineTuningJobRequest":        {"model", "training_file"},
 	"CheckpointPermissionRequest": {"project_ids"},
 	"FineTuningMethodInput":       {"type"},
+	"UploadRequest":               {"filename", "purpose", "bytes", "mime_type"},
+	"CompleteUploadRequest":       {"part_ids"},
+	"BatchRequest":                {"input_file_id", "endpoint", "completion_window"},
+	"ExpiresAfterInput":           {"anchor", "seconds"},
 }
 
 // honeOptions describe the object `hone` of a job's request.
@@ -243,6 +249,9 @@ func honeOptions() schema {
 	}
 	return schema{"type": "object", "properties": properties, "additionalProperties": false}
 }
+
+// metadata are OpenAI's pairs.
+var metadata = schema{"type": "object", "maxProperties": 16, "propertyNames": schema{"maxLength": 64}, "additionalProperties": schema{"type": "string", "maxLength": 512}}
 
 // shapes say more of a field than its type, by the component and the name.
 var shapes = map[string]schema{
@@ -279,37 +288,59 @@ var shapes = map[string]schema{
 	"FineTuningJobRequest.hone":         honeOptions(),
 	"FineTuningJobRequest.suffix":       {"type": "string", "minLength": 1, "maxLength": 64},
 	"FineTuningJobRequest.seed":         between("integer", 0, 1<<31-1),
-	"FineTuningJobRequest.metadata":     {"type": "object", "maxProperties": 16, "propertyNames": schema{"maxLength": 64}, "additionalProperties": schema{"type": "string", "maxLength": 512}},
+	"FineTuningJobRequest.metadata":     metadata,
 	"FineTuningJobRequest.integrations": {"type": "array", "maxItems": 0},
 
 	"CheckpointPermissionRequest.project_ids": {"minItems": 1},
 	"CheckpointPermission.object":             oneOf("checkpoint.permission"),
-	"ChatCompletion.object":                   oneOf("chat.completion"),
-	"ChatCompletionChunk.object":              oneOf("chat.completion.chunk"),
-	"ChatMessage.role":                        oneOf("assistant"),
-	"Completion.object":                       oneOf("text_completion"),
-	"CompletionLogProbs.top_logprobs":         arrayOf(nullable(schema{"type": "object", "additionalProperties": schema{"type": "number"}})),
-	"EmbeddingList.object":                    oneOf("list"),
-	"Embedding.object":                        oneOf("embedding"),
-	"Model.object":                            oneOf("model"),
-	"File.object":                             oneOf("file"),
-	"File.status":                             oneOf("uploaded", "processed", "error"),
-	"LogProbs.refusal":                        nullable(arrayOf(schema{"$ref": "#/components/schemas/TokenLogProb"})),
-	"TokenizeResponse.token_strs":             nullable(arrayOf(text)),
-	"FineTuningJob.object":                    oneOf("fine_tuning.job"),
-	"FineTuningJob.status":                    oneOf("validating_files", "queued", "running", "succeeded", "failed", "cancelled"),
-	"FineTuningJob.integrations":              {"type": []string{"array", "null"}},
-	"FineTuningDetails.options":               anyObject,
-	"FineTuningDetails.plan":                  anyObject,
-	"FineTuningDryRun.object":                 oneOf("fine_tuning.job.dry_run"),
-	"FineTuningDryRun.options":                anyObject,
-	"FineTuningDryRun.plan":                   anyObject,
-	"FineTuningJobEvent.object":               oneOf("fine_tuning.job.event"),
-	"FineTuningJobEvent.level":                oneOf("info", "warn", "error"),
-	"FineTuningJobEvent.type":                 oneOf("message", "metrics"),
-	"FineTuningJobEvent.data":                 anyObject,
-	"FineTuningJobCheckpoint.object":          oneOf("fine_tuning.job.checkpoint"),
-	"FineTuningJobCheckpoint.metrics":         anyObject,
+
+	"UploadRequest.filename":         someText,
+	"UploadRequest.purpose":          {"type": "string", "enum": anys(purposes)},
+	"UploadRequest.bytes":            between("integer", 1, int64(maxUploadBytes)),
+	"UploadRequest.mime_type":        {"type": "string", "pattern": "^[a-z]+/[a-z0-9.+-]+$"},
+	"CompleteUploadRequest.part_ids": {"minItems": 1},
+	"CompleteUploadRequest.md5":      {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"},
+	"ExpiresAfterInput.anchor":       oneOf("created_at"),
+	"ExpiresAfterInput.seconds":      between("integer", minLifetime, maxLifetime),
+	"BatchRequest.endpoint":          {"type": "string", "enum": anys(batch.Endpoints())},
+	"BatchRequest.completion_window": oneOf(batch.Window),
+	"BatchRequest.metadata":          metadata,
+
+	"Upload.object":     oneOf("upload"),
+	"Upload.status":     oneOf(store.UploadPending, store.UploadCompleted, store.UploadCancelled, store.UploadExpired),
+	"UploadPart.object": oneOf("upload.part"),
+	"Batch.object":      oneOf("batch"),
+	"Batch.status": oneOf(batch.Validating, batch.Failed, batch.InProgress, batch.Finalizing, batch.Completed, batch.Expired, batch.Cancelling,
+		batch.Cancelled),
+	"Batch.metadata":     {"type": []string{"object", "null"}, "additionalProperties": text},
+	"BatchErrors.object": oneOf("list"),
+
+	"ChatCompletion.object":           oneOf("chat.completion"),
+	"ChatCompletionChunk.object":      oneOf("chat.completion.chunk"),
+	"ChatMessage.role":                oneOf("assistant"),
+	"Completion.object":               oneOf("text_completion"),
+	"CompletionLogProbs.top_logprobs": arrayOf(nullable(schema{"type": "object", "additionalProperties": schema{"type": "number"}})),
+	"EmbeddingList.object":            oneOf("list"),
+	"Embedding.object":                oneOf("embedding"),
+	"Model.object":                    oneOf("model"),
+	"File.object":                     oneOf("file"),
+	"File.status":                     oneOf("uploaded", "processed", "error"),
+	"LogProbs.refusal":                nullable(arrayOf(schema{"$ref": "#/components/schemas/TokenLogProb"})),
+	"TokenizeResponse.token_strs":     nullable(arrayOf(text)),
+	"FineTuningJob.object":            oneOf("fine_tuning.job"),
+	"FineTuningJob.status":            oneOf("validating_files", "queued", "running", "succeeded", "failed", "cancelled"),
+	"FineTuningJob.integrations":      {"type": []string{"array", "null"}},
+	"FineTuningDetails.options":       anyObject,
+	"FineTuningDetails.plan":          anyObject,
+	"FineTuningDryRun.object":         oneOf("fine_tuning.job.dry_run"),
+	"FineTuningDryRun.options":        anyObject,
+	"FineTuningDryRun.plan":           anyObject,
+	"FineTuningJobEvent.object":       oneOf("fine_tuning.job.event"),
+	"FineTuningJobEvent.level":        oneOf("info", "warn", "error"),
+	"FineTuningJobEvent.type":         oneOf("message", "metrics"),
+	"FineTuningJobEvent.data":         anyObject,
+	"FineTuningJobCheckpoint.object":  oneOf("fine_tuning.job.checkpoint"),
+	"FineTuningJobCheckpoint.metrics": anyObject,
 }
 
 func anys[T any](list []T) []any {

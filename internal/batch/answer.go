@@ -101,7 +101,7 @@ const quietPoll = 20 * time.Millisecond
 
 // quiet waits until no model computes for a user. It reports false when ctx has ended.
 func (b *Batches) quiet(ctx context.Context) bool {
-	for ctx.Err() == nil && b.endpoints.Busy() {
+	for ctx.Err() == nil && b.api.Busy() {
 		select {
 		case <-time.After(quietPoll):
 		case <-ctx.Done():
@@ -128,7 +128,7 @@ func (b *Batches) ask(ctx context.Context, row store.Batch, line int, text []byt
 		if !b.quiet(ctx) {
 			return context.Cause(ctx)
 		}
-		answer := b.endpoints.Answer(ctx, row.Endpoint, req.Body)
+		answer := b.api.Answer(ctx, row.Endpoint, req.Body)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -58,8 +58,10 @@ const (
 	windowDuration = 24 * time.Hour
 )
 
-// endpoints are the paths that the requests of a batch may have.
-var endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+// Endpoints are the paths that the requests of a batch may have.
+func Endpoints() []string {
+	return []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+}
 
 // Purpose is that of input files.
 const Purpose = "batch"
@@ -72,8 +74,8 @@ type Answer struct {
 	Body       []byte        // JSON
 }
 
-// Endpoints answers requests in process; server.Server implements it.
-type Endpoints interface {
+// API answers requests in process; server.Server implements it.
+type API interface {
 	// Answer does what POST path with this body does, without what guards the API's door. It returns early when ctx ends.
 	Answer(ctx context.Context, path string, body []byte) Answer
 	// Busy reports whether a model computes for a user.
@@ -90,13 +92,13 @@ type Options struct {
 
 // Batches are all batches of a data directory. It is used once: New, Start, Stop. It is safe for concurrent use.
 type Batches struct {
-	opts      Options
-	endpoints Endpoints
-	ctx       context.Context // of the work
-	cancel    context.CancelFunc
-	work      sync.WaitGroup
-	wake      chan struct{} // of the loop that validates
-	ready     chan struct{} // of the loop that answers
+	opts   Options
+	api    API
+	ctx    context.Context // of the work
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+	wake   chan struct{} // of the loop that validates
+	ready  chan struct{} // of the loop that answers
 
 	mu      sync.Mutex
 	running string // the batch that is answered
@@ -119,9 +121,9 @@ func New(opts Options) *Batches {
 	return b
 }
 
-// Start asks endpoints for the answers to the batches, first of all to those that an earlier server left.
-func (b *Batches) Start(endpoints Endpoints) {
-	b.endpoints = endpoints
+// Start asks api for the answers to the batches, first of all to those that an earlier server left.
+func (b *Batches) Start(api API) {
+	b.api = api
 	b.work.Go(func() { b.loop(b.wake, b.validateNext) })
 	b.work.Go(func() { b.loop(b.ready, b.answerNext) })
 }
@@ -162,8 +164,8 @@ type Spec struct {
 // Create makes a batch, which is validated and answered later. It returns an *InvalidError.
 func (b *Batches) Create(ctx context.Context, spec Spec) (store.Batch, error) {
 	switch {
-	case !slices.Contains(endpoints, spec.Endpoint):
-		return store.Batch{}, invalid("endpoint", "endpoint is %.60q, expected one of %s", spec.Endpoint, strings.Join(endpoints, ", "))
+	case !slices.Contains(Endpoints(), spec.Endpoint):
+		return store.Batch{}, invalid("endpoint", "endpoint is %.60q, expected one of %s", spec.Endpoint, strings.Join(Endpoints(), ", "))
 	case spec.Window != Window:
 		return store.Batch{}, invalid("completion_window", "completion_window is %.20q, expected %s", spec.Window, Window)
 	case len(spec.Metadata) > 16:
