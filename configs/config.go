@@ -49,6 +49,7 @@ type Config struct {
 	ShutdownGrace time.Duration `mapstructure:"shutdown_grace"`
 	Runner        Runner        `mapstructure:"runner"`
 	Trainer       Trainer       `mapstructure:"trainer"`
+	Retention     Retention     `mapstructure:"retention"`
 	Log           Log           `mapstructure:"log"`
 }
 
@@ -72,10 +73,22 @@ func (r Runner) AdapterBytes() int64 { return bytesOf(r.AdapterMemory) }
 type Trainer struct {
 	Device string `mapstructure:"device"`
 	Memory string `mapstructure:"memory"`
+	Cache  string `mapstructure:"cache"` // a size
 }
 
 // MemoryBytes is Memory as a number; 0 is what is free.
 func (t Trainer) MemoryBytes() int64 { return bytesOf(t.Memory) }
+
+// CacheBytes is Cache as a number; 0 is no bound.
+func (t Trainer) CacheBytes() int64 { return bytesOf(t.Cache) }
+
+// Retention says how long what jobs and uploads leave behind is kept.
+type Retention struct {
+	ResumeStates time.Duration `mapstructure:"resume_states"`
+	Checkpoints  time.Duration `mapstructure:"checkpoints"`
+	Events       time.Duration `mapstructure:"events"`
+	Files        time.Duration `mapstructure:"files"`
+}
 
 // MemoryBytes is Memory as a number; 0 is automatic.
 func (c *Config) MemoryBytes() int64 {
@@ -333,6 +346,9 @@ func (c *Config) Validate() error {
 	if _, err := parseBytes(c.Trainer.Memory); err != nil {
 		bad("trainer.memory", fmt.Sprintf("%q", c.Trainer.Memory), "0 (what is free) or a size such as 12GiB")
 	}
+	if _, err := parseBytes(c.Trainer.Cache); err != nil {
+		bad("trainer.cache", fmt.Sprintf("%q", c.Trainer.Cache), "0 (no bound) or a size such as 4GiB")
+	}
 	if n, err := parseBytes(c.Memory); c.Memory != automatic && (err != nil || n < minMemory) {
 		bad("memory", fmt.Sprintf("%q", c.Memory), "auto, or a size such as 12GiB, at least "+humanize.IBytes(minMemory))
 	}
@@ -347,6 +363,10 @@ func (c *Config) Validate() error {
 		{"runner.idle_timeout", c.Runner.IdleTimeout, 0, "0 (never) or a duration such as 10m"},
 		{"runner.wait", c.Runner.Wait, 1, "a positive duration such as 1m"},
 		{"runner.hang_timeout", c.Runner.HangTimeout, time.Second, "a duration of at least 1s, such as 2m"},
+		{"retention.resume_states", c.Retention.ResumeStates, 0, "0 (none) or a duration such as 168h"},
+		{"retention.checkpoints", c.Retention.Checkpoints, 0, "0 (for good) or a duration such as 720h"},
+		{"retention.events", c.Retention.Events, 0, "0 (for good) or a duration such as 720h"},
+		{"retention.files", c.Retention.Files, 0, "0 (for good) or a duration such as 720h"},
 	} {
 		if d.value < d.least {
 			bad(d.key, d.value, d.expected)

@@ -397,7 +397,10 @@ func (j *Jobs) apply(ctx context.Context, working *run, row *store.Job, e child.
 		if row.Plan != nil {
 			return nil // it was said before
 		}
-		events = datasetMessages(e)
+		var err error
+		if events, err = datasetMessages(e); err != nil {
+			return err
+		}
 
 	case child.EventMemory:
 		if e.Memory == nil {

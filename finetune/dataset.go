@@ -23,12 +23,16 @@ const (
 
 // datasetError says what is wrong with a file's lines.
 type datasetError struct {
-	lines []string // "line 3: ...", at most maxLineErrors
-	bad   int      // lines that are wrong, reported or not
+	lines []LineProblem // at most maxLineErrors
+	bad   int           // lines that are wrong, reported or not
 }
 
 func (e *datasetError) Error() string {
-	text := strings.Join(e.lines, "\n")
+	var lines []string
+	for _, p := range e.lines {
+		lines = append(lines, fmt.Sprintf("line %d: %s", p.Line, p.Message))
+	}
+	text := strings.Join(lines, "\n")
 	if more := e.bad - len(e.lines); more > 0 {
 		text += fmt.Sprintf("\nand %d more", more)
 	}
@@ -38,27 +42,46 @@ func (e *datasetError) Error() string {
 func (e *datasetError) add(line int, format string, args ...any) {
 	e.bad++
 	if len(e.lines) < maxLineErrors {
-		e.lines = append(e.lines, fmt.Sprintf("line %d: ", line)+fmt.Sprintf(format, args...))
+		e.lines = append(e.lines, LineProblem{line, fmt.Sprintf(format, args...)})
 	}
 }
 
-// validateDataset reads a whole training file and returns how many rows it has. Every line must be a row that a job of this
-// method learns from, and all of one kind; *datasetError lists the lines that are not. A UTF-8 byte order mark, CRLF and
-// blank lines are accepted.
-func validateDataset(ctx context.Context, r io.Reader, method string) (rows int, err error) {
+// validateDataset reads a whole training file and returns what is in it, also with an error. Every line must be a row that a
+// job of this method learns from, all of one kind, and with one of the choices as its last answer if there are any;
+// *datasetError lists the lines that are not. A UTF-8 byte order mark, CRLF and blank lines are accepted.
+func validateDataset(ctx context.Context, r io.Reader, method string, choices []string) (*FileReport, error) {
+	report := &FileReport{Errors: []LineProblem{}, Messages: map[string]int{}}
 	problems := &datasetError{}
+	err := scanDataset(ctx, r, method, choices, report, problems)
+	report.finish()
+	report.BadLines, report.Errors = problems.bad, append(report.Errors, problems.lines...)
+	switch {
+	case err != nil:
+	case problems.bad > 0:
+		return report, problems
+	case report.Rows == 0:
+		err = errors.New("no rows; " + expectedRows(method))
+	}
+	if err != nil {
+		report.Problem = err.Error()
+	}
+	return report, err
+}
+
+// scanDataset adds the lines of a file to report, and those that are bad to problems. Its error is of reading.
+func scanDataset(ctx context.Context, r io.Reader, method string, choices []string, report *FileReport, problems *datasetError) error {
 	first, firstLine := wire.RowKind(""), 0 // kind and line of the first row
 	lines := bufio.NewReaderSize(r, 64<<10)
 	for number := 1; ; number++ {
 		if number%256 == 0 && ctx.Err() != nil {
-			return rows, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 		line, tooLong, err := readLine(lines)
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
-			return rows, err
+			return err
 		}
 		if number == 1 {
 			if encoding := foreignEncoding(line); encoding != "" {
@@ -79,7 +102,10 @@ func validateDataset(ctx context.Context, r io.Reader, method string) (rows int,
 		case !utf8.Valid(line):
 			problems.add(number, "not valid UTF-8; save the file as UTF-8")
 		default:
-			kind, err := validateRow(line, method)
+			row, kind, err := validateRow(line, method)
+			if err == nil {
+				err = checkChoice(row, kind, choices)
+			}
 			if first == "" && kind != "" {
 				first, firstLine = kind, number
 			}
@@ -89,17 +115,11 @@ func validateDataset(ctx context.Context, r io.Reader, method string) (rows int,
 			case kind != first:
 				problems.add(number, "a row %s, and line %d is a row %s; expected rows of one kind in a file", kind, firstLine, first)
 			default:
-				rows++
+				report.add(number, line, row, kind)
 			}
 		}
 	}
-	if problems.bad > 0 {
-		return rows, problems
-	}
-	if rows == 0 {
-		return 0, errors.New("no rows; " + expectedRows(method))
-	}
-	return rows, nil
+	return nil
 }
 
 // readLine returns the next line without its end, or io.EOF after the last. Of a line that is too long it returns none of
@@ -170,23 +190,23 @@ func expectedRows(method string) string {
 	return `expected an object {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}`
 }
 
-// validateRow returns the kind of one line, and says what is wrong with it for a job of this method, or nil.
-func validateRow(line []byte, method string) (kind wire.RowKind, err error) {
-	var row trainingRow
-	if err := json.Unmarshal(line, &row); err != nil {
-		return "", jsonError(err, expectedRows(method))
+// validateRow returns the row and the kind of one line, and says what is wrong with it for a job of this method, or nil.
+func validateRow(line []byte, method string) (row *trainingRow, kind wire.RowKind, err error) {
+	row = &trainingRow{}
+	if err := json.Unmarshal(line, row); err != nil {
+		return row, "", jsonError(err, expectedRows(method))
 	}
 	kind, err = row.check(method)
 	if kind != "" && kind.Pairs() != (method == DPO) {
 		if kind.Pairs() {
-			return kind, fmt.Errorf("a row %s is of method dpo, and the job is %s; %s", kind, method, expectedRows(method))
+			return row, kind, fmt.Errorf("a row %s is of method dpo, and the job is %s; %s", kind, method, expectedRows(method))
 		}
-		return kind, fmt.Errorf("a row %s has no two answers to compare, and the job is dpo; %s", kind, expectedRows(method))
+		return row, kind, fmt.Errorf("a row %s has no two answers to compare, and the job is dpo; %s", kind, expectedRows(method))
 	}
 	if kind == "" {
 		err = fmt.Errorf("%s; this one has %s", expectedRows(method), keys(line))
 	}
-	return kind, err
+	return row, kind, err
 }
 
 func present(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }

@@ -61,13 +61,13 @@ func TestValidatePairs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			rows, err := validateDataset(t.Context(), strings.NewReader(test.file), DPO)
+			report, err := validateDataset(t.Context(), strings.NewReader(test.file), DPO, nil)
 			got := ""
 			if err != nil {
 				got = err.Error()
 			}
-			if diff := cmp.Diff(test.want, got); diff != "" || rows != test.rows {
-				t.Errorf("rows %d, want %d; error (-want +got)\n%s", rows, test.rows, diff)
+			if diff := cmp.Diff(test.want, got); diff != "" || report.Rows != test.rows {
+				t.Errorf("rows %d, want %d; error (-want +got)\n%s", report.Rows, test.rows, diff)
 			}
 		})
 	}
@@ -156,13 +156,13 @@ func TestValidateDataset(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			rows, err := validateDataset(t.Context(), strings.NewReader(test.file), Supervised)
+			report, err := validateDataset(t.Context(), strings.NewReader(test.file), Supervised, nil)
 			got := ""
 			if err != nil {
 				got = err.Error()
 			}
-			if diff := cmp.Diff(test.want, got); diff != "" || rows != test.rows {
-				t.Errorf("rows %d, want %d; error (-want +got)\n%s", rows, test.rows, diff)
+			if diff := cmp.Diff(test.want, got); diff != "" || report.Rows != test.rows {
+				t.Errorf("rows %d, want %d; error (-want +got)\n%s", report.Rows, test.rows, diff)
 			}
 		})
 	}
@@ -170,7 +170,7 @@ func TestValidateDataset(t *testing.T) {
 
 func TestValidateDatasetReportsTwenty(t *testing.T) {
 	t.Parallel()
-	_, err := validateDataset(t.Context(), strings.NewReader(strings.Repeat("{}\n", 30)), Supervised)
+	_, err := validateDataset(t.Context(), strings.NewReader(strings.Repeat("{}\n", 30)), Supervised, nil)
 	var lines *datasetError
 	if !errors.As(err, &lines) || lines.bad != 30 || len(lines.lines) != 20 || !strings.HasSuffix(err.Error(), "\nand 10 more") {
 		t.Errorf("error %v", err)
@@ -180,7 +180,7 @@ func TestValidateDatasetReportsTwenty(t *testing.T) {
 func TestValidateDatasetPassesReadErrors(t *testing.T) {
 	t.Parallel()
 	broken := errors.New("disk")
-	_, err := validateDataset(t.Context(), io.MultiReader(strings.NewReader(row+"\n"), iotest.ErrReader(broken)), Supervised)
+	_, err := validateDataset(t.Context(), io.MultiReader(strings.NewReader(row+"\n"), iotest.ErrReader(broken)), Supervised, nil)
 	if !errors.Is(err, broken) {
 		t.Errorf("error %v, want the reader's", err)
 	}
@@ -193,11 +193,11 @@ func FuzzValidateDataset(f *testing.F) {
 	f.Add([]byte(tools))
 	f.Add([]byte(pair + "\n" + openAI))
 	f.Fuzz(func(t *testing.T, file []byte) {
-		if _, err := validateDataset(t.Context(), bytes.NewReader(file), DPO); err != nil && len(err.Error()) > 64<<10 {
+		if _, err := validateDataset(t.Context(), bytes.NewReader(file), DPO, nil); err != nil && len(err.Error()) > 64<<10 {
 			t.Errorf("an error of %d bytes", len(err.Error()))
 		}
-		rows, err := validateDataset(t.Context(), bytes.NewReader(file), Supervised)
-		if err == nil && rows == 0 {
+		report, err := validateDataset(t.Context(), bytes.NewReader(file), Supervised, []string{"a", "b"})
+		if err == nil && report.Rows == 0 {
 			t.Error("a file without rows is valid")
 		}
 		if err != nil && len(err.Error()) > 64<<10 {

@@ -41,7 +41,7 @@ func (j *Jobs) DryRun(ctx context.Context, spec Spec) (_ *DryRun, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if problem := j.readFiles(ctx, row); problem != nil {
+	if _, problem := j.readFiles(ctx, row); problem != nil {
 		return nil, problem
 	}
 	select {

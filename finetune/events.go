@@ -82,8 +82,8 @@ func (m metrics) join(old metrics) metrics {
 	return m
 }
 
-// datasetMessages says what the trainer found in the files.
-func datasetMessages(e child.TrainerEvent) []store.Event {
+// datasetMessages says what the trainer found in the files. The numbers are in the data of the first message too.
+func datasetMessages(e child.TrainerEvent) ([]store.Event, error) {
 	text := fmt.Sprintf("Training on %d examples with %d tokens", e.TrainRows, e.TrainTokens)
 	if e.SharedTokens > 0 {
 		text += fmt.Sprintf(" (%d of them are shared by rows and computed once)", e.SharedTokens)
@@ -91,14 +91,43 @@ func datasetMessages(e child.TrainerEvent) []store.Event {
 	if e.ValidRows > 0 {
 		text += fmt.Sprintf(", validating on %d examples with %d tokens", e.ValidRows, e.ValidTokens)
 	}
-	events := []store.Event{message("info", "%s", text)}
+	data, err := json.Marshal(child.TrainerEvent{
+		Type: e.Type, TrainRows: e.TrainRows, ValidRows: e.ValidRows, TrainTokens: e.TrainTokens, ValidTokens: e.ValidTokens,
+		DroppedRows: e.DroppedRows, TruncatedRows: e.TruncatedRows, SharedTokens: e.SharedTokens, LongRows: e.LongRows,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dataset event: %w", err)
+	}
+	events := []store.Event{{Level: "info", Type: "message", Message: text, Data: data}}
+	long := child.LongRows{}
+	if e.LongRows != nil {
+		long = *e.LongRows
+	}
 	if e.DroppedRows > 0 {
-		events = append(events, message("warn", "%d examples are longer than max_length and are left out", e.DroppedRows))
+		events = append(events, message("warn", "%d examples are longer than max_length and are left out%s", e.DroppedRows, longLines(long, long.TrainDropped, long.ValidDropped)))
 	}
 	if e.TruncatedRows > 0 {
-		events = append(events, message("warn", "%d examples are longer than max_length and lose the beginning of their prompt", e.TruncatedRows))
+		events = append(events, message("warn", "%d examples are longer than max_length and lose the beginning of their prompt%s",
+			e.TruncatedRows, longLines(long, long.TrainTruncated, long.ValidTruncated)))
 	}
-	return events
+	return events, nil
+}
+
+// longLines says where rows stand that are longer than max_length: the first of them.
+func longLines(long child.LongRows, train, valid []int) string {
+	var parts []string
+	for _, file := range []struct {
+		name  string
+		lines []int
+	}{{"training", train}, {"validation", valid}} {
+		if len(file.lines) > 0 {
+			parts = append(parts, fmt.Sprintf("line %s of the %s file", strings.Trim(strings.Join(strings.Fields(fmt.Sprint(file.lines)), ", "), "[]"), file.name))
+		}
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (%d tokens): %s", long.MaxLength, strings.Join(parts, "; "))
 }
 
 // memoryMessage says what a job will take. The numbers are in its data too.

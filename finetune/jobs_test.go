@@ -2,6 +2,7 @@ package finetune_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -199,11 +200,14 @@ func TestJobSucceeds(t *testing.T) {
 	want := []string{
 		"Created fine-tuning job: " + job.ID,
 		"Validating training file: " + spec.TrainingFile + " and validation file: " + spec.ValidationFile,
+		"Training file: 2 rows, 4 messages (assistant 2, user 2); validation file: 1 row, 2 messages (assistant 1, user 1)",
+		"The training file has 1 duplicate row; the first is line 2, the same as line 1",
+		"The validation file has 1 row that the training file has too, the first in line 1 (line 1 there): what is measured on them says little about new rows",
 		"Files validated, moving job to queued state",
 		"Fine-tuning job started",
 		"Training on 4 examples with 40 tokens (10 of them are shared by rows and computed once), validating on 1 examples with 9 tokens",
-		"1 examples are longer than max_length and are left out",
-		"2 examples are longer than max_length and lose the beginning of their prompt",
+		"1 examples are longer than max_length and are left out (64 tokens): line 3 of the training file",
+		"2 examples are longer than max_length and lose the beginning of their prompt (64 tokens): line 1, 2 of the validation file",
 		"Memory: 4.0 GiB of 8.0 GiB on cpu: weights 3.0 GiB (layout exact: bf16, transposed bf16), adapter 1.0 MiB, activations of 1024 tokens 512 MiB, the rest 256 MiB",
 		"Step 1/4: training loss=2.0000",
 		"Step 2/4: training loss=1.0000",
@@ -217,7 +221,7 @@ func TestJobSucceeds(t *testing.T) {
 	if diff := cmp.Diff(want, h.messages(job.ID)); diff != "" {
 		t.Errorf("events (-want +got)\n%s", diff)
 	}
-	if len(job.ResultFiles) != 1 {
+	if len(job.ResultFiles) != 2 {
 		t.Fatalf("result files %v", job.ResultFiles)
 	}
 	file, content, err := h.store.OpenFile(t.Context(), job.ResultFiles[0])
@@ -691,6 +695,19 @@ func TestInvalidFiles(t *testing.T) {
 	}
 	if messages := h.messages(job.ID); !strings.Contains(messages[len(messages)-1], "line 2: not valid JSON") {
 		t.Errorf("last event %q", messages[len(messages)-1])
+	}
+	if len(job.ResultFiles) != 1 {
+		t.Fatalf("result files %v", job.ResultFiles)
+	}
+	_, content, err := h.store.OpenFile(t.Context(), job.ResultFiles[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer content.Close()
+	var report finetune.Report
+	if err := json.NewDecoder(content).Decode(&report); err != nil || report.Valid || report.Training.ID != bad || report.Training.Rows != 2 || report.Training.BadLines != 1 ||
+		report.Training.Errors[0].Line != 2 || report.Validation != nil {
+		t.Errorf("report %+v, %v", report, err)
 	}
 	job = h.awaitEnd(h.createSpec(finetune.Spec{Model: "base", TrainingFile: h.upload(goodRow), ValidationFile: bad}).ID, finetune.Failed)
 	if e := job.Error; e.Code != "invalid_validation_file" || e.Param != "validation_file" || job.Attempt != 0 {

@@ -328,7 +328,7 @@ func TestRetention(t *testing.T) {
 	late.Store(2 * 3600)
 	reopen()
 	deadline := time.Now().Add(10 * time.Second)
-	// What stays: the tuned model, the last event, the file of the unfinished job and its report.
+	// What stays: the tuned model, the last event, the file of the unfinished job.
 	for look() != [4]int{0, 1, 1, 1} {
 		if time.Now().After(deadline) {
 			t.Fatalf("resume states, adapters, events, files %v", look())

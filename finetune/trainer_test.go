@@ -121,7 +121,8 @@ func trainerMain() int {
 	}
 	dpo := config.Method == finetune.DPO
 	step := resumeStep(config.ResumeFrom)
-	send(child.TrainerEvent{Type: child.EventDataset, TrainRows: 4, TrainTokens: 40, ValidRows: 1, ValidTokens: 9, DroppedRows: 1, TruncatedRows: 2, SharedTokens: 10})
+	send(child.TrainerEvent{Type: child.EventDataset, TrainRows: 4, TrainTokens: 40, ValidRows: 1, ValidTokens: 9, DroppedRows: 1, TruncatedRows: 2, SharedTokens: 10,
+		LongRows: &child.LongRows{MaxLength: 64, TrainDropped: []int{3}, ValidTruncated: []int{1, 2}}})
 	memory := child.MemoryPlan{
 		Device: "cpu", Layout: "exact", Forward: "bf16", Backward: "bf16", WeightBytes: 3 << 30, AdapterBytes: 1 << 20, ActivationBytes: 1 << 29,
 		OverheadBytes: 1 << 28, TotalBytes: 4 << 30, FreeBytes: 8 << 30, MicroBatchTokens: 1024,

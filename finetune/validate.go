@@ -2,10 +2,12 @@ package finetune
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -35,13 +37,25 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 	ctx, working := j.begin(ctx, row.ID)
 	defer j.end(row.ID, working)
 
-	problem := j.readFiles(ctx, row)
+	report, problem := j.readFiles(ctx, row)
 	if ctx.Err() != nil {
 		return nil // cancelled, or stopping: validated again after the next start
 	}
 	ctx = context.WithoutCancel(ctx) // from here on the result is written, unless the row says cancelled
+	var results []store.Result
+	if report != nil {
+		result, err := report.result()
+		if err != nil {
+			return err
+		}
+		results = append(results, result)
+	}
 	if problem != nil {
-		return j.fail(ctx, row.ID, store.AnyAttempt, problem)
+		return j.fail(ctx, row.ID, store.AnyAttempt, problem, results...)
+	}
+	events, err := report.events()
+	if err != nil {
+		return err
 	}
 	running, err := j.opts.Store.JobsWithStatus(ctx, string(Running))
 	if err != nil {
@@ -57,11 +71,11 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 			ahead++
 		}
 	}
-	events := []store.Event{message("info", "Files validated, moving job to queued state")}
+	events = append(events, message("info", "Files validated, moving job to queued state"))
 	if ahead > 0 {
 		events = append(events, message("info", "Waiting for its turn: jobs ahead in the queue: %d", ahead))
 	}
-	_, err = j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: store.AnyAttempt, Change: j.move(Queued), Events: events})
+	_, err = j.opts.Store.UpdateJob(ctx, store.JobUpdate{ID: row.ID, Attempt: store.AnyAttempt, Change: j.move(Queued), Events: events, Results: results})
 	if err != nil && !errors.Is(err, store.ErrStale) {
 		return err
 	}
@@ -70,42 +84,51 @@ func (j *Jobs) validate(ctx context.Context, row store.Job) error {
 }
 
 // readFiles validates the files of a job.
-func (j *Jobs) readFiles(ctx context.Context, row store.Job) *JobError {
-	problem := j.readFile(ctx, "training", row.TrainingFile, row.Method)
-	if problem == nil && row.ValidationFile != "" {
-		problem = j.readFile(ctx, "validation", row.ValidationFile, row.Method)
+func (j *Jobs) readFiles(ctx context.Context, row store.Job) (*Report, *JobError) {
+	var options child.TrainOptions
+	if err := json.Unmarshal(row.Options, &options); err != nil {
+		return nil, &JobError{Code: child.CodeInternal, Message: fmt.Sprintf("options: %v", err)}
 	}
-	return problem
+	report := &Report{}
+	training, problem := j.readFile(ctx, "training", row.TrainingFile, row.Method, options.Choices)
+	report.Training = *training
+	if problem == nil && row.ValidationFile != "" {
+		report.Validation, problem = j.readFile(ctx, "validation", row.ValidationFile, row.Method, options.Choices)
+		report.Overlap = overlap(&report.Training, report.Validation)
+	}
+	report.Valid = problem == nil
+	return report, problem
 }
 
 // readFile validates one file of a job; kind is training or validation.
-func (j *Jobs) readFile(ctx context.Context, kind, id, method string) *JobError {
+func (j *Jobs) readFile(ctx context.Context, kind, id, method string, choices []string) (*FileReport, *JobError) {
 	param := kind + "_file"
 	problem := func(format string, args ...any) *JobError {
 		return &JobError{Code: "invalid_" + param, Param: param, Message: fmt.Sprintf(format, args...)}
 	}
 	_, content, err := j.opts.Store.OpenFile(ctx, id)
 	if err != nil {
-		return problem("%s file %s cannot be read: %v", kind, id, err)
+		return &FileReport{ID: id, Problem: err.Error()}, problem("%s file %s cannot be read: %v", kind, id, err)
 	}
 	defer content.Close()
-	_, err = validateDataset(ctx, content, method)
+	report, err := validateDataset(ctx, content, method, choices)
+	report.ID = id
 	var lines *datasetError
 	switch {
 	case err == nil:
-		return nil
+		return report, nil
 	case errors.As(err, &lines) && lines.bad == 1:
-		return problem("%s file %s is invalid: %v", kind, id, lines)
+		return report, problem("%s file %s is invalid: %v", kind, id, lines)
 	case errors.As(err, &lines):
-		return problem("%s file %s has %d invalid lines:\n%v", kind, id, lines.bad, lines)
+		return report, problem("%s file %s has %d invalid lines:\n%v", kind, id, lines.bad, lines)
 	default:
-		return problem("%s file %s is invalid: %v", kind, id, err)
+		return report, problem("%s file %s is invalid: %v", kind, id, err)
 	}
 }
 
 // fail moves a job to failed. The reason is in the event's text too: go-openai's job has no field for it.
 // It is no error if the job was cancelled meanwhile.
-func (j *Jobs) fail(ctx context.Context, id string, attempt int, reason *JobError) error {
+func (j *Jobs) fail(ctx context.Context, id string, attempt int, reason *JobError, results ...store.Result) error {
 	move := j.move(Failed)
 	_, err := j.opts.Store.UpdateJob(ctx, store.JobUpdate{
 		ID: id, Attempt: attempt,
@@ -113,7 +136,7 @@ func (j *Jobs) fail(ctx context.Context, id string, attempt int, reason *JobErro
 			row.ErrorCode, row.ErrorMessage, row.ErrorParam = reason.Code, reason.Message, reason.Param
 			return move(row)
 		},
-		Events: []store.Event{message("error", "The job failed: %s", reason.Message)},
+		Events: []store.Event{message("error", "The job failed: %s", reason.Message)}, Results: results,
 	})
 	if errors.Is(err, store.ErrStale) {
 		return nil

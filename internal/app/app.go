@@ -129,6 +129,10 @@ func (a *App) Start(ctx context.Context) (err error) {
 		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),
 		Logger: a.opts.Logger, Threads: a.cfg.Threads, Device: a.cfg.Trainer.Device, MemoryBytes: a.cfg.Trainer.MemoryBytes(),
 		CacheDir: filepath.Join(a.cfg.DataDir, "cache", "tokenized"),
+		Retention: finetune.Retention{
+			ResumeStates: a.cfg.Retention.ResumeStates, Checkpoints: a.cfg.Retention.Checkpoints, Events: a.cfg.Retention.Events,
+			Files: a.cfg.Retention.Files, CacheBytes: a.cfg.Trainer.CacheBytes(),
+		},
 	})
 	if !a.opts.IdleJobs {
 		if err := a.jobs.Start(ctx); err != nil {

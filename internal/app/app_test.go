@@ -244,7 +244,7 @@ func TestStory(t *testing.T) {
 		t.Fatal(err)
 	}
 	job = waitForJob(t, client, job.ID, func(job openai.FineTuningJob) bool { return job.FinishedAt != 0 })
-	if job.Status != "succeeded" || !strings.HasPrefix(job.FineTunedModel, "ft:small:local:quiz:") || job.TrainedTokens != 8 || len(job.ResultFiles) != 1 {
+	if job.Status != "succeeded" || !strings.HasPrefix(job.FineTunedModel, "ft:small:local:quiz:") || job.TrainedTokens != 8 || len(job.ResultFiles) != 2 {
 		events, _ := client.ListFineTuningJobEvents(t.Context(), job.ID)
 		t.Fatalf("job %+v\n%+v", job, events)
 	}

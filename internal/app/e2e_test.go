@@ -304,7 +304,7 @@ func TestEndToEndJob(t *testing.T) {
 	if err := json.Unmarshal(job.Hone.Plan, &plan); err != nil || plan.ResumedStep == 0 || plan.TotalSteps != 16 || job.Hone.Attempt < 2 {
 		t.Errorf("attempt %d, plan %s, %v: want it to go on from a later step", job.Hone.Attempt, job.Hone.Plan, err)
 	}
-	if job.Error != nil || len(job.ResultFiles) != 1 || job.TrainedTokens == nil || *job.TrainedTokens == 0 {
+	if job.Error != nil || len(job.ResultFiles) != 2 || job.TrainedTokens == nil || *job.TrainedTokens == 0 {
 		t.Errorf("job %+v", job)
 	}
 

@@ -348,6 +348,8 @@ type TrainerEvent struct {
 	// because rows share them.
 	TruncatedRows int `json:"truncated_rows,omitempty"`
 	SharedTokens  int `json:"shared_tokens,omitempty"`
+	// LongRows says where the dropped and the truncated rows stand, at most 20 lines of each kind and file.
+	LongRows *LongRows `json:"long_rows,omitempty"`
 
 	// memory: how the weights are laid out and what the job will take; before anything is loaded
 	Memory *MemoryPlan `json:"memory,omitempty"`
@@ -393,6 +395,15 @@ type TrainerEvent struct {
 	Message string `json:"message,omitempty"`
 	Level   string `json:"level,omitempty"` // info, warn
 	Error   *Error `json:"error,omitempty"`
+}
+
+// LongRows are lines of the files of a job, counted from 1.
+type LongRows struct {
+	MaxLength      int   `json:"max_length"` // tokens
+	TrainDropped   []int `json:"train_dropped,omitempty"`
+	TrainTruncated []int `json:"train_truncated,omitempty"`
+	ValidDropped   []int `json:"valid_dropped,omitempty"`
+	ValidTruncated []int `json:"valid_truncated,omitempty"`
 }
 
 // Types of TrainerEvent.

@@ -33,7 +33,7 @@ import (
 const (
 	cacheMagic = "honerows"
 	// cacheVersion changes with the format of the file, and with what becomes of a row.
-	cacheVersion = 1
+	cacheVersion = 2
 	headerBytes  = len(cacheMagic) + 4 + sha256.Size
 	footerBytes  = 8 + 8 + 4
 	// staleAfter is when a temporary file belongs to no process any more: a living one writes all the time.
@@ -192,6 +192,9 @@ func openCache(path string, key cacheKey) (*Dataset, error) {
 		f.Close()
 		return nil, err
 	}
+	// The server removes what was used longest ago; if the time cannot be set, that is earlier than it should.
+	now := time.Now()
+	_ = os.Chtimes(path, now, now)
 	return d, nil
 }
 

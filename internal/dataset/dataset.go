@@ -107,9 +107,15 @@ type Summary struct {
 	Dropped   int `json:"dropped"`   // rows left out for MaxLength
 	Truncated int `json:"truncated"` // rows that lost a part of their prompt to MaxLength
 
+	DroppedLines   []int `json:"dropped_lines"` // where these stand in the file, at most maxLines of each
+	TruncatedLines []int `json:"truncated_lines"`
+
 	SystemMessage string   `json:"system_message"` // if all conversations begin with the same one
 	Answers       []string `json:"answers"`        // the distinct last answers, sorted, if they are at most maxAnswers
 }
+
+// maxLines is how many lines a summary names.
+const maxLines = 20
 
 // maxAnswers is how many different answers still look like the choices of one question type.
 const maxAnswers = 16

@@ -191,6 +191,12 @@ func collect(ctx context.Context, order <-chan batch, o Options, w *writer) erro
 			s.Longest = max(s.Longest, l.summary.Longest)
 			s.Dropped += l.summary.Dropped
 			s.Truncated += l.summary.Truncated
+			if l.summary.Dropped > 0 && len(s.DroppedLines) < maxLines {
+				s.DroppedLines = append(s.DroppedLines, l.number)
+			}
+			if l.summary.Truncated > 0 && len(s.TruncatedLines) < maxLines {
+				s.TruncatedLines = append(s.TruncatedLines, l.number)
+			}
 			if rows == 0 {
 				s.SystemMessage = l.system
 			}

@@ -165,6 +165,12 @@ func (t *trainer) sharePrefixes(decide bool) error {
 		e.DroppedRows += t.valid.Dropped
 		e.TruncatedRows += t.valid.Truncated
 	}
+	if e.DroppedRows+e.TruncatedRows > 0 {
+		e.LongRows = &child.LongRows{MaxLength: t.plan.MaxLength, TrainDropped: t.data.DroppedLines, TrainTruncated: t.data.TruncatedLines}
+		if t.valid != nil {
+			e.LongRows.ValidDropped, e.LongRows.ValidTruncated = t.valid.DroppedLines, t.valid.TruncatedLines
+		}
+	}
 	return t.emit(e)
 }
 
