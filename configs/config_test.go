@@ -24,7 +24,7 @@ func TestDefaultHasEveryKey(t *testing.T) {
 	want := Config{
 		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, DefaultModel: "SmolLM2-135M-Instruct",
 		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Device: "cpu", Memory: "auto", ContextOf: []string{}, Runner: defaultRunner,
-		Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "info", Format: "text"},
+		Trainer: Trainer{Device: "auto", Memory: "0", Cache: "4GiB"}, Log: Log{Level: "info", Format: "text"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -71,7 +71,7 @@ func TestLoadOrder(t *testing.T) {
 	want := Config{
 		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, DefaultModel: "SmolLM2-135M-Instruct",
 		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Device: "cpu", Memory: "4GiB", ContextOf: []string{"a=5", "b.Q4_1=6"}, Runner: runner,
-		Trainer: Trainer{Device: "auto", Memory: "0"}, Log: Log{Level: "debug", Format: "json"},
+		Trainer: Trainer{Device: "auto", Memory: "0", Cache: "4GiB"}, Log: Log{Level: "debug", Format: "json"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)

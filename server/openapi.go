@@ -62,7 +62,7 @@ var operations = []operation{
 	{method: "GET", path: "/tokenizer_info", id: "tokenizerInfoAtRoot", summary: "As /v1/tokenizer_info", query: []parameter{modelQuery}, answer: wire.TokenizerInfo{}},
 	{method: "GET", path: "/v1/models", id: "listModels", summary: "List base and tuned models", answer: wire.List[wire.Model]{}},
 	{method: "GET", path: "/v1/models/*id", id: "retrieveModel", summary: "Retrieve a model", answer: wire.Model{}},
-	{method: "DELETE", path: "/v1/models/*id", id: "deleteModel", summary: "Delete a tuned model", answer: wire.Deleted{}},
+	{method: "DELETE", path: "/v1/models/*id", id: "deleteModel", summary: "Delete a tuned model, or a base model that nothing needs", answer: wire.Deleted{}},
 	{method: "POST", path: "/v1/files", id: "createFile", summary: "Upload a file", answer: wire.File{}, form: schema{
 		"type": "object", "required": []string{"purpose", "file"}, "properties": schema{
 			"purpose": schema{"type": "string", "enum": anys(purposes)},

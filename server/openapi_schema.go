@@ -332,6 +332,7 @@ var shapes = map[string]schema{
 	"FineTuningJob.integrations":      {"type": []string{"array", "null"}},
 	"FineTuningDetails.options":       anyObject,
 	"FineTuningDetails.plan":          anyObject,
+	"FineTuningDetails.paused":        oneOf(finetune.PausedByRequest, finetune.PausedForSpace),
 	"FineTuningDryRun.object":         oneOf("fine_tuning.job.dry_run"),
 	"FineTuningDryRun.options":        anyObject,
 	"FineTuningDryRun.plan":           anyObject,
