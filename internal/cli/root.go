@@ -17,6 +17,7 @@ const (
 	exitOK          = 0
 	exitError       = 1
 	exitUsage       = 2
+	exitDamage      = 3 // of hone fsck
 	exitInterrupted = 130 // as shells report SIGINT
 )
 
@@ -29,7 +30,7 @@ type streams struct {
 // usageError is a wrong command line, as opposed to work that failed.
 type usageError struct{ error }
 
-// Run executes one command line and returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+// Run executes one command line and returns its exit code: 0 done, 1 failed, 2 wrong usage, 3 fsck left damage, 130 interrupted.
 // It returns only after everything that the command started has ended.
 func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	s := streams{in: stdin, out: stdout, err: stderr}
@@ -47,6 +48,9 @@ func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitInterrupted
 	}
 	fmt.Fprintln(stderr, "hone:", err)
+	if errors.As(err, new(damageError)) {
+		return exitDamage
+	}
 	// cobra has no types for two of its errors: a command that there is not, and required flags that are missing. With
 	// either of them no command has run.
 	_, _, unknown := root.Find(args)
@@ -77,6 +81,7 @@ func newRootCommand(s streams) *cobra.Command {
 		newDemoCommand(s),
 		newDoctorCommand(s),
 		newFineTuneCommand(s),
+		newFsckCommand(s),
 		newPredictCommand(s),
 	)
 	return root

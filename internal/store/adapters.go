@@ -34,8 +34,10 @@ func (s *Store) PutAdapter(ctx context.Context, a Adapter) error {
 }
 
 // Adapters returns all adapters, deleted ones too, oldest first.
-func (s *Store) Adapters(ctx context.Context) ([]Adapter, error) {
-	rows, err := s.reader.QueryContext(ctx,
+func (s *Store) Adapters(ctx context.Context) ([]Adapter, error) { return adapterRows(ctx, s.reader) }
+
+func adapterRows(ctx context.Context, db *sql.DB) ([]Adapter, error) {
+	rows, err := db.QueryContext(ctx,
 		`SELECT id, name, job_id, base_model, base_digest, created_at, deleted FROM adapters ORDER BY seq`)
 	if err != nil {
 		return nil, fmt.Errorf("list adapters: %w", err)

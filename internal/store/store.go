@@ -95,7 +95,10 @@ func Open(ctx context.Context, dir string, opts Options) (_ *Store, err error) {
 		return nil, unusable(dir, err)
 	}
 	if err := s.openDatabase(ctx); err != nil {
-		return nil, fmt.Errorf("database %s: %w", filepath.Join(dir, databaseFile), err)
+		if hasCode(err, sqliteCorrupt, sqliteNotADB) {
+			err = fmt.Errorf("%w: it is damaged; hone fsck --repair saves what can be read of it", err)
+		}
+		return nil, fmt.Errorf("database %s: %w", filepath.Join(dir, DatabaseFile), err)
 	}
 	if err := s.sweep(ctx); err != nil {
 		return nil, fmt.Errorf("clean up %s: %w", dir, err)
@@ -106,12 +109,13 @@ func Open(ctx context.Context, dir string, opts Options) (_ *Store, err error) {
 	return s, nil
 }
 
-const databaseFile = "hone.db"
+// DatabaseFile is the name of the database in a data directory.
+const DatabaseFile = "hone.db"
 
 func (s *Store) openDatabase(ctx context.Context) error {
 	open := func(conns int, pragmas ...string) (*sql.DB, error) {
 		query := url.Values{"_pragma": pragmas, "_txlock": {"immediate"}}
-		dsn := url.URL{Scheme: "file", Path: filepath.Join(s.dir, databaseFile), RawQuery: query.Encode()}
+		dsn := url.URL{Scheme: "file", Path: filepath.Join(s.dir, DatabaseFile), RawQuery: query.Encode()}
 		db, err := sql.Open("sqlite", dsn.String())
 		if err != nil {
 			return nil, err
@@ -125,11 +129,20 @@ func (s *Store) openDatabase(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := migrate(ctx, s.writer); err != nil {
+		return err
+	}
+	s.reader, err = open(4, "busy_timeout(5000)", "query_only(1)")
+	return err
+}
+
+// migrate brings a database to today's schema. An error of a migration leaves the one before it.
+func migrate(ctx context.Context, db *sql.DB) error {
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
 		return err
 	}
-	provider, err := goose.NewProvider(goose.DialectSQLite3, s.writer, files, goose.WithDisableGlobalRegistry(true))
+	provider, err := goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true))
 	if err != nil {
 		return err
 	}
@@ -143,8 +156,7 @@ func (s *Store) openDatabase(ctx context.Context) error {
 	if _, err := provider.Up(ctx); err != nil {
 		return fmt.Errorf("migrate: %w", err)
 	}
-	s.reader, err = open(4, "busy_timeout(5000)", "query_only(1)")
-	return err
+	return nil
 }
 
 // Close closes the database and gives the directory up. It is idempotent.
