@@ -52,14 +52,7 @@ func newFsckCommand(s streams) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&repair, "repair", false, "repair what is found")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print {\"dir\", \"findings\": [{\"what\", \"problem\", \"leftover\", \"remedy\", \"repaired\"}]}")
-	cmd.Flags().String("host", "", "as of hone serve; of no use here")
-	cmd.Flags().Int("port", 0, "as of hone serve; of no use here")
 	cmd.Flags().String("data-dir", "", "data directory, as of hone serve")
-	for _, flag := range []string{"host", "port"} { // serve's configuration has them
-		if err := cmd.Flags().MarkHidden(flag); err != nil {
-			panic(err)
-		}
-	}
 	return cmd
 }
 

@@ -17,7 +17,7 @@ const (
 	exitOK          = 0
 	exitError       = 1
 	exitUsage       = 2
-	exitDamage      = 3 // of hone fsck
+	exitDamage      = 3   // of hone fsck
 	exitInterrupted = 130 // as shells report SIGINT
 )
 

@@ -54,7 +54,7 @@ func serveConfig(cmd *cobra.Command) (configs.Config, error) {
 	}
 	sources := configs.Sources{File: file, Flags: map[string]any{}}
 	for flag, key := range serveFlags {
-		if f := cmd.Flags().Lookup(flag); f.Changed {
+		if f := cmd.Flags().Lookup(flag); f != nil && f.Changed {
 			sources.Flags[key] = f.Value.String()
 		}
 	}

@@ -150,7 +150,7 @@ func readAll(t *testing.T, st *store.Store) {
 	if err != nil || len(files) < 2 || files[0].Filename != "数据.jsonl" || files[0].Bytes != 15 {
 		t.Errorf("files %+v, %v", files, err)
 	}
-	jobs, _, err := st.Jobs(t.Context(), "", 10)
+	jobs, _, err := st.Jobs(t.Context(), store.JobQuery{Limit: 10})
 	if err != nil || len(jobs) != 3 {
 		t.Fatalf("jobs %+v, %v", jobs, err)
 	}
