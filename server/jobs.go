@@ -140,14 +140,13 @@ func refuseIntegrations(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &list); err != nil {
 		return invalid("integrations", "integrations: expected a list of objects with a type, not %s", kindOf(raw))
 	}
-	for i, integration := range list {
-		param := fmt.Sprintf("integrations[%d].type", i)
-		if integration.Type == "" {
-			return invalid(param, "%s is missing; integrations are not available, leave them out", param)
-		}
-		return invalid(param, "the integration %.40q is not available; leave integrations out. The losses are in the job's events and in its result file", integration.Type)
+	switch {
+	case len(list) == 0:
+		return nil
+	case list[0].Type == "":
+		return invalid("integrations[0].type", "integrations[0].type is missing; integrations are not available, leave them out")
 	}
-	return nil
+	return invalid("integrations[0].type", "the integration %.40q is not available; leave integrations out. The losses are in the job's events and in its result file", list[0].Type)
 }
 
 // hyperparameters finds OpenAI's in the method or in their deprecated place.

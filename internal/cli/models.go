@@ -175,32 +175,40 @@ func newModelsRemoveCommand(s streams) *cobra.Command {
 		Use:     "rm MODEL",
 		Aliases: []string{"remove"},
 		Short:   "Remove a base model",
-		Long: "Removes a base model from the model store, unless models that were tuned from it are there. With --force these stay,\n" +
+		Long: "Removes a base model from the model store, unless models that were tuned from it or unfinished jobs are there. With --force these stay,\n" +
 			"but cannot answer until the same base model is added again under its name.",
 		Args: wrongUsage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, store, err := openModels(cmd, s)
+			cfg, bases, err := openModels(cmd, s)
 			if err != nil {
 				return err
 			}
-			if _, err := store.Get(args[0]); !force && !errors.Is(err, models.ErrNotFound) {
+			if _, err := bases.Get(args[0]); !force && !errors.Is(err, models.ErrNotFound) {
 				tuned, err := tunedFrom(filepath.Join(cfg.DataDir, "adapters"), args[0])
 				if err != nil {
 					return err
+				}
+				jobs, err := store.UnfinishedJobs(cmd.Context(), cfg.DataDir, args[0])
+				if err != nil {
+					return err
+				}
+				if len(jobs) > 0 {
+					return fmt.Errorf("%s is the base of %s: %s; cancel these first (hone finetune cancel JOB), or say --force",
+						args[0], english.Plural(len(jobs), "unfinished job", ""), strings.Join(jobs, ", "))
 				}
 				if len(tuned) > 0 {
 					return fmt.Errorf("%s is the base of %s, useless without it: %s; delete these first (DELETE /v1/models/NAME of a running server), or say --force",
 						args[0], english.Plural(len(tuned), "tuned model", ""), strings.Join(tuned, ", "))
 				}
 			}
-			if err := store.Remove(args[0]); err != nil {
+			if err := bases.Remove(args[0]); err != nil {
 				return err
 			}
 			_, err = fmt.Fprintln(s.out, "removed", args[0])
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "remove it although tuned models of it are there")
+	cmd.Flags().BoolVar(&force, "force", false, "remove it although tuned models of it or unfinished jobs are there")
 	return cmd
 }
 

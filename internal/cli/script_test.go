@@ -125,6 +125,12 @@ func newSmallServer(examples string) http.Handler {
 	mux.HandleFunc("GET /v1/fine_tuning/jobs", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"object":"list","data":[{"id":"ftjob-1","status":"failed","model":"base","created_at":1,"error":{"code":"c","message":"行 3 is not JSON"}}],"has_more":false}`)
 	})
+	mux.HandleFunc("POST /v1/fine_tuning/jobs/ftjob-1/pause", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"id":"ftjob-1","status":"queued","hone":{"paused":"requested"}}`)
+	})
+	mux.HandleFunc("POST /v1/fine_tuning/jobs/ftjob-1/resume", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"id":"ftjob-1","status":"queued"}`)
+	})
 	mux.HandleFunc("POST /v1/fine_tuning/jobs/ftjob-1/cancel", func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
 		s.cancel = true

@@ -384,6 +384,9 @@ func TestTruncation(t *testing.T) {
 			if d.Dropped != test.dropped || d.Truncated != test.truncated {
 				t.Errorf("%d dropped and %d truncated, expected %d and %d", d.Dropped, d.Truncated, test.dropped, test.truncated)
 			}
+			if len(d.DroppedLines) != test.dropped || len(d.TruncatedLines) != test.truncated || slices.ContainsFunc(slices.Concat(d.DroppedLines, d.TruncatedLines), func(n int) bool { return n != 1 }) {
+				t.Errorf("dropped lines %v, truncated lines %v", d.DroppedLines, d.TruncatedLines)
+			}
 			if test.want == nil {
 				if d.Rows != 1 {
 					t.Errorf("%d rows, expected only the short one", d.Rows)

@@ -90,11 +90,15 @@ func (t *trainer) evaluate(ctx context.Context) (stop bool, err error) {
 	if t.validChoices != nil {
 		read, o = withChoices(t.valid, t.validChoices), supervisedChoice{}
 	}
+	t.beginEvaluation()
 	var total scores
+	done := 0
 	err = t.sweep(ctx, t.valid.Rows, 0, read, t.lora, func(examples []dataset.Example, block [][]answer) error {
 		for i, answers := range block {
 			o.compare(examples[i], answers, &total)
 		}
+		done += len(examples)
+		t.evaluatedRows(done)
 		return nil
 	})
 	if err != nil {

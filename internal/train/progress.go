@@ -23,6 +23,9 @@ type progress struct {
 	tokensLeft   int64         // after the current step
 	validLeft    int64         // tokens still to be evaluated
 	validSeconds float64       // seconds per token of evaluation, once known
+	evalBegan    time.Time     // zero outside of evaluations
+	evalTokens   int           // of one evaluation
+	evalShare    float64       // of the running one that is done
 }
 
 func (t *trainer) beginStep(tokens int) {
@@ -40,14 +43,30 @@ func (t *trainer) beginStep(tokens int) {
 
 // validTokensLeft are those of the evaluations after the current step.
 func (t *trainer) validTokensLeft() int64 {
-	if t.valid == nil || t.plan.EvalStrategy == "no" {
+	if t.valid == nil || t.plan.EvalStrategy == "no" || t.step >= t.plan.TotalSteps {
 		return 0
 	}
-	left := t.epochs(t.plan.TotalSteps) - t.epochs(t.step)
+	every := stepsPerEpoch(t.data.Rows, t.plan.BatchSize)
 	if t.plan.EvalStrategy == "steps" {
-		left = (t.plan.TotalSteps-t.step)/t.plan.EvalSteps + 1
+		every = t.plan.EvalSteps
 	}
+	left := (t.plan.TotalSteps+every-1)/every - t.step/every // the last step has one whatever its number
 	return int64(left) * int64(t.valid.Tokens)
+}
+
+func (t *trainer) beginEvaluation() {
+	p := &t.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.evalBegan, p.evalTokens, p.evalShare = time.Now(), t.valid.Tokens, 0
+}
+
+// evaluatedRows says how many rows of the running evaluation are done.
+func (t *trainer) evaluatedRows(rows int) {
+	p := &t.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.evalShare = float64(rows) / float64(max(1, t.valid.Rows))
 }
 
 func (t *trainer) endEvaluation(took time.Duration) {
@@ -55,7 +74,7 @@ func (t *trainer) endEvaluation(took time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.validSeconds = took.Seconds() / float64(max(1, t.valid.Tokens))
-	p.validLeft = t.validTokensLeft()
+	p.validLeft, p.evalBegan = t.validTokensLeft(), time.Time{}
 }
 
 func (t *trainer) beginMicro(tokens int) {
@@ -112,7 +131,15 @@ func (p *progress) event() child.TrainerEvent {
 		if perToken == 0 {
 			perToken = 0.4 / e.TokensPerSecond // a forward pass is about 40% of a step
 		}
-		e.SecondsLeft += float64(p.validLeft) * perToken
+		left := float64(p.validLeft)
+		if !p.evalBegan.IsZero() {
+			elapsed := time.Since(p.evalBegan).Seconds()
+			if done := p.evalShare * float64(p.evalTokens); done > 0 {
+				perToken = elapsed / done
+			}
+			left -= min(left, float64(p.evalTokens), elapsed/perToken)
+		}
+		e.SecondsLeft += left * perToken
 	}
 	return e
 }
