@@ -14,7 +14,7 @@ import (
 // UnfinishedJobs returns the ids of the unfinished jobs of a base model, oldest first, in a data directory that another process
 // may have open: it only reads. A directory without a database has none.
 func UnfinishedJobs(ctx context.Context, dir, model string) (ids []string, err error) {
-	path := filepath.Join(dir, databaseFile)
+	path := filepath.Join(dir, DatabaseFile)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
