@@ -1,7 +1,7 @@
 # hone as a container. Its RUN lines are targets of the Makefile.
 #
 #     make docker
-#     docker run --rm -p 127.0.0.1:8080:8080 -v hone:/data hone:local
+#     docker run --rm -p 127.0.0.1:8080:8080 -e HONE_API_KEY=... -v hone:/data hone:local
 
 FROM golang:1.26-bookworm AS go
 
@@ -33,8 +33,8 @@ COPY --from=build /src/bin/hone /usr/local/bin/hone
 COPY --from=build --chown=10001:10001 /src/examples/mcq /data/examples
 COPY --from=build /src/LICENSE /src/THIRD_PARTY.md /usr/share/doc/hone/
 USER 10001:10001
-# Every interface of the container: which of the machine's ports lead here is said by `docker run -p`.
-ENV HOME=/data HONE_HOME=/data HONE_HOST=0.0.0.0 HONE_PORT=8080 HONE_ALLOW_REMOTE=true
+# Every interface of the container: which of the machine's ports lead here is said by `docker run -p`. It asks for an API key.
+ENV HOME=/data HONE_HOME=/data HONE_HOST=0.0.0.0 HONE_PORT=8080
 VOLUME /data
 EXPOSE 8080
 # bash speaks TCP by itself, so the image needs no curl. /health answers 200 when the server takes requests.

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,8 +35,12 @@ type Config struct {
 	DataDir       string        `mapstructure:"data_dir"` // absolute
 	Host          string        `mapstructure:"host"`
 	Port          int           `mapstructure:"port"`
-	AllowRemote   bool          `mapstructure:"allow_remote"`
 	AllowedHosts  []string      `mapstructure:"allowed_hosts"`
+	CORSOrigins   []string      `mapstructure:"cors_origins"`
+	APIKey        string        `mapstructure:"api_key"`
+	Keys          []Key         `mapstructure:"keys"`
+	TLS           TLS           `mapstructure:"tls"`
+	Limits        Limits        `mapstructure:"limits"`
 	DefaultModel  string        `mapstructure:"default_model"`
 	Memory        string        `mapstructure:"memory"` // auto, or a size
 	ContextTokens int           `mapstructure:"context_tokens"`
@@ -225,7 +228,7 @@ func mergeFile(v *viper.Viper, path string) (string, []error, error) {
 		return "", nil, fmt.Errorf("read the configuration %s: %w", path, err)
 	}
 	known := newViper().AllKeys()
-	var unknown []error
+	unknown := unknownInKeys(own.Get("keys"), path)
 	for _, key := range slices.Sorted(slices.Values(own.AllKeys())) {
 		if !slices.Contains(known, key) {
 			unknown = append(unknown, fmt.Errorf("%s: unknown key %q; the keys are %s", path, key, strings.Join(slices.Sorted(slices.Values(known)), ", ")))
@@ -252,7 +255,11 @@ func decode(v *viper.Viper, file string) (Config, error) {
 				return Config{}, err
 			}
 			if err := decoder.Decode(map[string]any{key: settings[key]}); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %v does not have the right type%s: default.yaml shows it", key, settings[key], inFile(file)))
+				value := fmt.Sprint(settings[key])
+				if key == "keys" || key == "api_key" {
+					value = "its value" // which may hold a secret
+				}
+				errs = append(errs, fmt.Errorf("%s: %s does not have the right type%s: default.yaml shows it", key, value, inFile(file)))
 			}
 		}
 		return Config{}, errors.Join(errs...)
@@ -311,13 +318,15 @@ func (c *Config) Validate() error {
 	if c.Port < 0 || c.Port > 65535 {
 		bad("port", c.Port, "0 (any free one) to 65535")
 	}
-	switch ip := net.ParseIP(c.Host); {
+	switch {
 	case c.Host == "":
 		bad("host", `""`, "an address such as 127.0.0.1; 0.0.0.0 is all of this machine's")
-	case c.Host != "localhost" && (ip == nil || !ip.IsLoopback()) && !c.AllowRemote:
-		bad("host", c.Host, "a loopback address: other machines could reach this one, and hone checks no API keys. "+
-			"Keep 127.0.0.1, reach it through ssh -L, or set allow_remote: true if the network is trusted")
+	case !c.Loopback() && !c.Authenticates():
+		bad("host", c.Host, "a loopback address, because no API key is configured and other machines could reach this one. "+
+			"Either keep 127.0.0.1 and reach it through ssh -L; or make a key with hone key new NAME and put its line under keys: in "+FileName+
+			"; or set HONE_API_KEY to a secret of at least "+strconv.Itoa(minAPIKey)+" characters")
 	}
+	c.validateAuth(bad)
 	if strings.ContainsAny(c.DefaultModel, ":\\ \t\n") {
 		bad("default_model", fmt.Sprintf("%q", c.DefaultModel), "a model's name or owner/repository/file.gguf")
 	}

@@ -15,6 +15,8 @@ var defaultRunner = Runner{
 	IdleTimeout: 10 * time.Minute, Wait: time.Minute, HangTimeout: 2 * time.Minute, Engine: "auto", CacheType: "f16", GPUWeights: "stored", AdapterMemory: "0",
 }
 
+var defaultLimits = Limits{Body: "32MiB", HeaderTimeout: 10 * time.Second, BodyTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute}
+
 func TestDefaultHasEveryKey(t *testing.T) {
 	t.Setenv("XDG_DATA_HOME", "/data")
 	got, err := Default()
@@ -22,7 +24,7 @@ func TestDefaultHasEveryKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Config{
-		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, DefaultModel: "SmolLM2-135M-Instruct",
+		DataDir: "/data/hone", Host: "127.0.0.1", Port: 8080, AllowedHosts: []string{}, CORSOrigins: []string{}, Keys: []Key{}, Limits: defaultLimits, DefaultModel: "SmolLM2-135M-Instruct",
 		LoadTimeout: 5 * time.Minute, ShutdownGrace: 10 * time.Second, Device: "cpu", Memory: "auto", ContextOf: []string{}, Runner: defaultRunner,
 		Trainer: Trainer{Device: "auto", Memory: "0", Cache: "4GiB"}, Log: Log{Level: "info", Format: "text"},
 	}
@@ -61,15 +63,18 @@ func TestLoadOrder(t *testing.T) {
 	t.Setenv("HONE_MODEL_CONTEXT_TOKENS", "a=5,b.Q4_1=6")
 	t.Setenv("HONE_RUNNER_IDLE_TIMEOUT", "0")
 	t.Setenv("HONE_MEMORY", "4GiB")
+	t.Setenv("HONE_API_KEY", "secret-of-the-user")
 	runner := defaultRunner
 	runner.IdleTimeout, runner.CacheType = 0, "q8_0"
-	write(t, filepath.Join(home, FileName), "port: 1\nthreads: 2\nsequences: 2\nlog:\n  format: json\nshutdown_grace: 3s\nrunner:\n  cache_type: q8_0\n")
+	write(t, filepath.Join(home, FileName), "port: 1\nthreads: 2\nsequences: 2\nlog:\n  format: json\nshutdown_grace: 3s\nrunner:\n  cache_type: q8_0\n"+
+		"keys:\n- {name: laptop, sha256: "+strings.Repeat("AB", 32)+", scopes: [infer]}\n")
 	got, err := Load(Sources{Flags: map[string]any{"port": 9}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := Config{
-		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, DefaultModel: "SmolLM2-135M-Instruct",
+		DataDir: home, Host: "127.0.0.1", Port: 9, AllowedHosts: []string{"a.example", "b.example"}, CORSOrigins: []string{}, Limits: defaultLimits,
+		APIKey: "secret-of-the-user", Keys: []Key{{Name: "laptop", SHA256: strings.Repeat("AB", 32), Scopes: []string{"infer"}}}, DefaultModel: "SmolLM2-135M-Instruct",
 		Threads: 3, Sequences: 2, LoadTimeout: 5 * time.Minute, ShutdownGrace: 3 * time.Second, Device: "cpu", Memory: "4GiB", ContextOf: []string{"a=5", "b.Q4_1=6"}, Runner: runner,
 		Trainer: Trainer{Device: "auto", Memory: "0", Cache: "4GiB"}, Log: Log{Level: "debug", Format: "json"},
 	}
@@ -87,7 +92,7 @@ func TestLoadReportsEverythingAtOnce(t *testing.T) {
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "allow_remote", `log.level: "loud"`, "threads: -1", `trainer.device: "tpu"`, `trainer.memory: "much"`,
+	for _, want := range []string{path, `unknown key "prot"`, `unknown key "log.colour"`, "port: 70000", "host: 0.0.0.0", "HONE_API_KEY", "hone key new", "ssh -L", `log.level: "loud"`, "threads: -1", `trainer.device: "tpu"`, `trainer.memory: "much"`,
 		`memory: "1MiB"`, `model_context_tokens: "b" is no NAME=TOKENS`, "runner.idle_timeout: -1s", "runner.wait: 0s", "runner.hang_timeout: 1ms", `runner.engine: "jet"`,
 		`runner.cache_type: "f8"`, "runner.cache_tokens: -1", "runner.queue: 100000", `runner.adapter_memory: "lots"`} {
 		if !strings.Contains(err.Error(), want) {
@@ -156,13 +161,17 @@ func TestHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	for host, ok := range map[string]bool{"127.0.0.1": true, "127.3.2.1": true, "::1": true, "localhost": true, "0.0.0.0": false, "::": false, "192.168.0.2": false, "example.com": false, "": false} {
-		cfg.Host, cfg.AllowRemote = host, false
+		cfg.Host, cfg.APIKey = host, ""
 		if got := cfg.Validate() == nil; got != ok {
 			t.Errorf("host %q: accepted is %v, want %v", host, got, ok)
 		}
-		cfg.AllowRemote = true
+		cfg.APIKey = "0123456789abcdef"
 		if got := cfg.Validate() == nil; got != (host != "") {
-			t.Errorf("host %q with allow_remote: accepted is %v", host, got)
+			t.Errorf("host %q with a key: accepted is %v", host, got)
+		}
+		cfg.APIKey = "short"
+		if got := cfg.Validate() == nil; got != ok {
+			t.Errorf("host %q with a short key: accepted is %v, want %v", host, got, ok)
 		}
 	}
 }

@@ -17,11 +17,8 @@ import (
 	"github.com/hone-llm/hone/internal/wire"
 )
 
-// maxBodyBytes is the longest JSON body. Files are uploaded under a limit of their own.
-const maxBodyBytes = 32 << 20
-
 // decode reads the request's body, one JSON object, into dst. Each check gets the object's fields first, to refuse what
-// dst has no field for. The error is a *wire.Error: 400 with the offending field, 413 or 415.
+// dst has no field for. The error is a *wire.Error: 400 with the offending field, 415; 413 or 408 where guard bounds the body.
 func decode(c *gin.Context, dst any, checks ...func(fields map[string]json.RawMessage) error) error {
 	if media := c.ContentType(); !isJSON(media) {
 		return wrongMedia("expected a JSON body (Content-Type: application/json), not %s", media)
@@ -29,7 +26,7 @@ func decode(c *gin.Context, dst any, checks ...func(fields map[string]json.RawMe
 	if encoding := c.GetHeader("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return wrongMedia("the body's Content-Encoding is %q; send it uncompressed", encoding)
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(c.Writer, c.Request.Body, maxBodyBytes))
+	body, err := io.ReadAll(c.Request.Body)
 	if err != nil {
 		return readError(err, "body")
 	}
@@ -55,9 +52,11 @@ func wrongMedia(format string, args ...any) *wire.Error {
 
 // readError explains why a body could not be read; what names it.
 func readError(err error, what string) error {
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return &wire.Error{Status: http.StatusRequestEntityTooLarge, Type: wire.ErrorTypeInvalidRequest, Code: new("request_too_large"),
-			Message: fmt.Sprintf("the %s is longer than %d MiB", what, tooLarge.Limit>>20)}
+	if long := new(http.MaxBytesError); errors.As(err, &long) {
+		return bodyTooLong(long.Limit)
+	}
+	if known := new(wire.Error); errors.As(err, &known) {
+		return known
 	}
 	return invalid("", "the %s could not be read: %v", what, err)
 }

@@ -286,6 +286,7 @@ func (s *Server) listCheckpoints(c *gin.Context) error {
 }
 
 func encodeJob(c *gin.Context, job *finetune.Job) error {
+	c.Set(jobField, job.ID)
 	shown, err := jobToWire(job)
 	if err != nil {
 		return err

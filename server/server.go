@@ -10,23 +10,21 @@ package server
 
 import (
 	"bytes"
-	"crypto/rand"
+	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
-	"net/netip"
 	"runtime/debug"
-	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/gin-gonic/gin"
 
+	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/wire"
 )
@@ -43,8 +41,19 @@ type Options struct {
 	// AllowedHosts are names that the Host header may have beside loopback names and addresses; AnyHost allows all.
 	AllowedHosts []string
 	AnyHost      bool
-	Logger       *slog.Logger     // nil drops the log
-	Now          func() time.Time // nil: time.Now
+	CORSOrigins  []string // of web pages that may use the API
+	Keys         []Key    // none: no key is needed
+	MaxBodyBytes int64    // of a JSON body; 0: 32 MiB
+	// BodyTimeout is what a body may take beyond a second for each 4 KiB; 0: 30 seconds.
+	BodyTimeout  time.Duration
+	DefaultModel string // that GET /ready asks for; "": any
+
+	// For /metrics, which leaves out what is nil.
+	RunnerStatus func(ctx context.Context) []child.RunnerStatus
+	JobStats     func(ctx context.Context) (finetune.Stats, error)
+
+	Logger *slog.Logger     // nil drops the log
+	Now    func() time.Time // nil: time.Now
 }
 
 // Server answers the API's requests. It is safe for concurrent use.
@@ -59,20 +68,33 @@ type Server struct {
 	computing   atomic.Int64 // users' requests that models compute
 	batchEngine *gin.Engine  // of requests of batches
 
-	hosts   []string
-	anyHost bool
-	origin  *http.CrossOriginProtection
-	logger  *slog.Logger
-	now     func() time.Time
-	engine  *gin.Engine
+	hosts        []string
+	anyHost      bool
+	corsOrigins  []string
+	origin       *http.CrossOriginProtection
+	keys         []Key
+	maxBody      int64
+	bodyTimeout  time.Duration
+	defaultModel string
+	metrics      *metrics
+	logger       *slog.Logger
+	now          func() time.Time
+	engine       *gin.Engine
 }
 
 // New returns the server of opts.
 func New(opts Options) *Server {
 	s := &Server{
-		generator: opts.Generator, models: opts.Models, adapters: opts.Adapters, jobs: opts.Jobs, files: opts.Files, batches: opts.Batches,
-		hosts: opts.AllowedHosts, anyHost: opts.AnyHost, origin: http.NewCrossOriginProtection(),
-		logger: opts.Logger, now: opts.Now,
+		models: opts.Models, adapters: opts.Adapters, jobs: opts.Jobs, files: opts.Files, batches: opts.Batches,
+		hosts: opts.AllowedHosts, anyHost: opts.AnyHost, corsOrigins: opts.CORSOrigins, origin: http.NewCrossOriginProtection(),
+		keys: opts.Keys, maxBody: cmp.Or(opts.MaxBodyBytes, maxBodyBytes), bodyTimeout: cmp.Or(opts.BodyTimeout, bodyTimeout),
+		defaultModel: opts.DefaultModel, metrics: newMetrics(opts), logger: opts.Logger, now: opts.Now,
+	}
+	s.generator = measured{opts.Generator, s.metrics}
+	for _, origin := range opts.CORSOrigins {
+		if err := s.origin.AddTrustedOrigin(origin); err != nil {
+			panic("an origin that the configuration let pass: " + err.Error())
+		}
 	}
 	if s.logger == nil {
 		s.logger = slog.New(slog.DiscardHandler)
@@ -86,7 +108,7 @@ func New(opts Options) *Server {
 	// arrives whole, escaped or not, and nothing is redirected.
 	s.engine.RedirectTrailingSlash = false
 	s.engine.HandleMethodNotAllowed = true
-	s.engine.Use(s.handle(s.guard))
+	s.engine.Use(s.observe, s.handle(s.guard))
 	s.route()
 	s.batchEngine = s.inner()
 	return s
@@ -99,6 +121,9 @@ func (s *Server) route() {
 	e := s.engine
 	e.GET("/health", s.handle(s.health))
 	e.GET("/openapi.json", s.handle(s.openAPI))
+	e.GET("/ready", s.handle(s.ready))
+	e.GET("/metrics", s.handle(s.showMetrics))
+	e.GET("/debug/pprof/*name", s.handle(s.profile))
 	v1 := e.Group("/v1")
 	v1.POST("/chat/completions", s.compute, s.handle(s.chatCompletion))
 	v1.POST("/completions", s.compute, s.handle(s.completion))
@@ -156,12 +181,13 @@ func (s *Server) handle(h func(*gin.Context) error) gin.HandlerFunc {
 		}
 		c.Abort()
 		answer := errorFor(err)
-		log := s.logger.With("request_id", c.Writer.Header().Get(requestIDHeader), "method", c.Request.Method,
-			"path", c.Request.URL.Path, "status", answer.Status, "error", err)
+		log := s.requestLog(c).With("status", answer.Status, "error", err)
+		c.Set(loggedField, true)
 		switch {
 		case answer.Status == statusClientGone:
 			log.Debug("client gone")
 			if c.Request.Context().Err() != nil {
+				c.Status(statusClientGone) // for what is counted
 				return
 			}
 		case answer.Status >= http.StatusInternalServerError:
@@ -209,47 +235,4 @@ func encode(c *gin.Context, status int, v any) error {
 	c.Status(status)
 	_, _ = c.Writer.Write(body.Bytes()) // a client that is gone cannot be told
 	return nil
-}
-
-const requestIDHeader = "X-Request-Id"
-
-// guard names the request, and refuses what a browser sends for a foreign page.
-//
-// A page of any site can make a browser send requests to this machine. Writes from another origin are told by their
-// Origin and Sec-Fetch-Site headers. A page whose own name was pointed at 127.0.0.1 after it was loaded (DNS
-// rebinding) is of the same origin for the browser, and only its Host header tells it.
-func (s *Server) guard(c *gin.Context) error {
-	c.Header(requestIDHeader, "req_"+strings.ToLower(rand.Text()))
-	if !s.hostAllowed(c.Request.Host) {
-		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: new("host_not_allowed"),
-			Message: fmt.Sprintf("requests to the host name %q are refused; use 127.0.0.1, or add the name to allowed_hosts in the configuration", c.Request.Host)}
-	}
-	if err := s.origin.Check(c.Request); err != nil {
-		return &wire.Error{Status: http.StatusForbidden, Type: wire.ErrorTypeInvalidRequest, Code: new("origin_not_allowed"),
-			Message: "requests from web pages of another origin are refused"}
-	}
-	return nil
-}
-
-// hostAllowed reports whether a Host header may be served. Addresses are: rebinding needs a name.
-func (s *Server) hostAllowed(host string) bool {
-	name := host
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		name = h
-	}
-	name = strings.ToLower(strings.TrimSuffix(strings.Trim(name, "[]"), "."))
-	if _, err := netip.ParseAddr(name); err == nil {
-		return true
-	}
-	return s.anyHost || name == "localhost" || strings.HasSuffix(name, ".localhost") ||
-		slices.ContainsFunc(s.hosts, func(allowed string) bool { return strings.EqualFold(allowed, name) })
-}
-
-// health answers GET /health: that the server is there, and how it stands with the base models that were asked for.
-func (s *Server) health(c *gin.Context) error {
-	states := s.generator.Models()
-	if states == nil {
-		states = []child.ModelState{}
-	}
-	return encode(c, http.StatusOK, healthAnswer{"ok", states})
 }

@@ -271,6 +271,7 @@ var smolDigest = strings.Repeat("ab", 32)
 // rig is a server over a real store, registry and job list; only the model is small.
 type rig struct {
 	*httptest.Server
+	server   *Server
 	echo     *echo
 	store    *store.Store
 	registry *adapters.Registry
@@ -278,7 +279,7 @@ type rig struct {
 	dir      string
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t *testing.T, change ...func(*Options)) *rig {
 	t.Helper()
 	dir := t.TempDir()
 	st, err := store.Open(t.Context(), dir, store.Options{})
@@ -296,9 +297,13 @@ func newRig(t *testing.T) *rig {
 	jobs := finetune.New(finetune.Options{Store: st, Models: models, Adapters: registry, Dir: filepath.Join(dir, "jobs"), Start: startPlanner})
 	batches := batch.New(batch.Options{Store: st})
 	r := &rig{echo: &echo{cancelled: make(chan struct{})}, store: st, registry: registry, jobs: jobs, dir: dir}
-	s := New(Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Batches: batches, Now: func() time.Time { return time.Unix(1700000000, 0) }})
-	r.Server = httptest.NewServer(s.Handler())
-	batches.Start(s)
+	opts := Options{Generator: r.echo, Models: models, Adapters: registry, Jobs: jobs, Files: st, Batches: batches, Now: func() time.Time { return time.Unix(1700000000, 0) }}
+	for _, c := range change {
+		c(&opts)
+	}
+	r.server = New(opts)
+	r.Server = httptest.NewServer(r.server.Handler())
+	batches.Start(r.server)
 	t.Cleanup(batches.Stop)
 	t.Cleanup(r.Close)
 	return r

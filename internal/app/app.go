@@ -8,6 +8,7 @@ package app
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -48,9 +49,8 @@ type Options struct {
 
 // Limits of the HTTP server. Answers may take as long as they do.
 const (
-	readHeaderTimeout = 30 * time.Second
-	idleTimeout       = 2 * time.Minute
-	maxHeaderBytes    = 64 << 10
+	idleTimeout    = 2 * time.Minute
+	maxHeaderBytes = 64 << 10
 )
 
 // App is the server. It is used once: New, Start, Stop.
@@ -58,17 +58,18 @@ type App struct {
 	cfg  configs.Config
 	opts Options
 
-	state    *store.Store
-	registry *adapters.Registry
-	memory   *child.Memory
-	runners  *child.Runners
-	jobs     *finetune.Jobs
-	batches  *batch.Batches
-	expiry   *expiry
-	listener net.Listener
-	http     *http.Server
-	requests context.CancelCauseFunc // ends the contexts of all requests
-	failed   chan error
+	state       *store.Store
+	registry    *adapters.Registry
+	memory      *child.Memory
+	runners     *child.Runners
+	jobs        *finetune.Jobs
+	batches     *batch.Batches
+	expiry      *expiry
+	listener    net.Listener
+	http        *http.Server
+	certificate *certificate            // nil: plain HTTP
+	requests    context.CancelCauseFunc // ends the contexts of all requests
+	failed      chan error
 
 	stopOnce sync.Once
 	stopErr  error
@@ -94,6 +95,11 @@ func (a *App) Start(ctx context.Context) (err error) {
 	}()
 	if a.state, err = store.Open(ctx, a.cfg.DataDir, store.Options{Logger: a.opts.Logger}); err != nil {
 		return err
+	}
+	if a.cfg.TLS.CertFile != "" {
+		if a.certificate, err = loadCertificate(a.cfg.TLS.CertFile, a.cfg.TLS.KeyFile, a.opts.Logger); err != nil {
+			return err
+		}
 	}
 	// Before the model is fetched, which may take minutes: requests wait in the queue of the socket until all is ready.
 	if a.listener, err = a.listen(ctx); err != nil {
@@ -143,14 +149,20 @@ func (a *App) Start(ctx context.Context) (err error) {
 	api := server.New(server.Options{
 		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Batches: a.batches, Logger: a.opts.Logger,
 		AllowedHosts: append([]string{a.cfg.Host}, a.cfg.AllowedHosts...),
-		AnyHost:      a.cfg.AllowRemote && len(a.cfg.AllowedHosts) == 0,
+		// Every request from elsewhere has a key, which a page that points its own name here does not know.
+		AnyHost:     !a.cfg.Loopback() && len(a.cfg.AllowedHosts) == 0,
+		CORSOrigins: a.cfg.CORSOrigins, Keys: keys(&a.cfg), MaxBodyBytes: a.cfg.Limits.BodyBytes(), BodyTimeout: a.cfg.Limits.BodyTimeout,
+		DefaultModel: a.cfg.DefaultModel, RunnerStatus: a.runners.Status, JobStats: a.jobs.Stats,
 	})
 	a.expiry = newExpiry(a.state, a.opts.Logger) //nolint:contextcheck // it outlives the start, as requests do
 	if !a.opts.IdleJobs {
 		a.batches.Start(api)
 	}
 	a.serve(api) //nolint:contextcheck // requests outlive the start
-	a.opts.Logger.Info("listening", "addr", a.Addr(), "data_dir", a.cfg.DataDir)
+	a.opts.Logger.Info("listening", "url", a.URL(), "data_dir", a.cfg.DataDir)
+	if !a.cfg.Loopback() && a.certificate == nil {
+		a.opts.Logger.Warn("other machines reach this one without TLS: keys and texts can be read on the way; set tls.cert_file and tls.key_file, or put a proxy with TLS before it")
+	}
 	return nil
 }
 
@@ -220,13 +232,18 @@ func (a *App) serve(s *server.Server) {
 	a.http = &http.Server{
 		Handler:           s.Handler(),
 		BaseContext:       func(net.Listener) context.Context { return requests },
-		ReadHeaderTimeout: readHeaderTimeout,
+		ReadHeaderTimeout: a.cfg.Limits.HeaderTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(a.opts.Logger.Handler(), slog.LevelDebug),
 	}
+	serve := a.http.Serve
+	if a.certificate != nil {
+		a.http.TLSConfig = &tls.Config{GetCertificate: a.certificate.get, MinVersion: tls.VersionTLS12}
+		serve = func(l net.Listener) error { return a.http.ServeTLS(l, "", "") }
+	}
 	go func() {
-		if err := a.http.Serve(a.listener); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(patientListener{a.listener, a.cfg.Limits.WriteTimeout}); !errors.Is(err, http.ErrServerClosed) {
 			a.failed <- fmt.Errorf("serve %s: %w", a.Addr(), err)
 		}
 	}()
@@ -234,6 +251,22 @@ func (a *App) serve(s *server.Server) {
 
 // Addr is the address that Start listens on, host:port.
 func (a *App) Addr() string { return a.listener.Addr().String() }
+
+// URL is where this machine reaches the server: one that listens on all addresses listens on the loopback one too.
+func (a *App) URL() string {
+	host, port, err := net.SplitHostPort(a.Addr())
+	if err != nil {
+		panic("a listener without a port: " + err.Error())
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	scheme := "http"
+	if a.certificate != nil {
+		scheme = "https"
+	}
+	return scheme + "://" + net.JoinHostPort(host, port)
+}
 
 // Failed carries the error with which the server ended by itself, if it ever does.
 func (a *App) Failed() <-chan error { return a.failed }

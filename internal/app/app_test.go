@@ -79,6 +79,10 @@ func smallRunner(in *bufio.Reader) int {
 	}()
 	_ = json.NewEncoder(os.Stdout).Encode(child.RunnerEvent{Type: "ready", ContextTokens: 64})
 	_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/status" {
+			_ = json.NewEncoder(w).Encode(child.RunnerStatus{PoolTokens: 64, FreeTokens: 60})
+			return
+		}
 		var req child.GenerateRequest
 		_ = json.NewDecoder(r.Body).Decode(&req)
 		events := json.NewEncoder(w)
@@ -160,10 +164,10 @@ func config(t *testing.T) configs.Config {
 	return cfg
 }
 
-// start starts a server with the small roles over a model that is only a name.
-func start(t *testing.T, cfg configs.Config) (*App, *openai.Client) {
+// addModel adds a model that is only a name.
+func addModel(t *testing.T, dataDir string) {
 	t.Helper()
-	dir := filepath.Join(cfg.DataDir, "models", "small")
+	dir := filepath.Join(dataDir, "models", "small")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -176,13 +180,19 @@ func start(t *testing.T, cfg configs.Config) (*App, *openai.Client) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// start starts a server with the small roles over a model that is only a name.
+func start(t *testing.T, cfg configs.Config) (*App, *openai.Client) {
+	t.Helper()
+	addModel(t, cfg.DataDir)
 	a := New(cfg, Options{Env: []string{smallRoles}})
 	if err := a.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = a.Stop(context.Background()) }) // tests of stopping look at its error
 	client := openai.DefaultConfig("key")
-	client.BaseURL = "http://" + a.Addr() + "/v1"
+	client.BaseURL = a.URL() + "/v1"
 	return a, openai.NewClientWithConfig(client)
 }
 

@@ -99,7 +99,8 @@ func Start(ctx context.Context, opts Options) (*Process, error) {
 	}
 	cmd := exec.CommandContext(ctx, exe, opts.Args...)
 	cmd.Dir = opts.Dir
-	cmd.Env = append(os.Environ(), opts.Env...)
+	// A child that a hostile file has taken over is not to find the API's key, nor that of the hub.
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), isSecret), opts.Env...)
 	// Its own process group: a terminal's Ctrl-C reaches serve alone, which then stops its children in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	cmd.Cancel = func() error { return killGroup(cmd.Process.Pid) }
@@ -362,4 +363,10 @@ func socketDir(parent string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("no directory for a socket: nothing can be written below XDG_RUNTIME_DIR, TMPDIR and /tmp with a path of at most %d bytes", maxSocketParent)
+}
+
+// isSecret reports whether a variable of the environment is a key that children have no use for.
+func isSecret(variable string) bool {
+	name, _, _ := strings.Cut(variable, "=")
+	return slices.Contains([]string{"HONE_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}, name)
 }

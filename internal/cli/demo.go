@@ -109,7 +109,7 @@ func demo(ctx context.Context, s streams, opts demoOptions) (err error) {
 		}
 	}()
 	fmt.Fprintf(s.out, "listening on %s, log in %s\n", server.url, log)
-	c := client.New(server.url+"/v1", "")
+	c := client.New(server.url+"/v1", os.Getenv("HONE_API_KEY"))
 
 	chapter("hone predict --model %s --questions %s --out %s", opts.model, testCSV, filepath.Join(opts.out, "base.csv"))
 	base, err := predict(ctx, s, c, predictOptions{model: opts.model, questions: testCSV, answers: answersCSV,

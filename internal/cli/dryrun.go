@@ -64,6 +64,9 @@ func anyServer(cmd *cobra.Command, s streams) (c *client.Client, stop func(), er
 	if err != nil {
 		return nil, nil, err
 	}
+	// Nobody else is to use it, and a certificate need not be of 127.0.0.1.
+	key := newKey()
+	cfg.APIKey, cfg.Keys, cfg.TLS = key, nil, configs.TLS{}
 	a := app.New(cfg, app.Options{Logger: plainLogger(s.err), Stderr: s.err, IdleJobs: true})
 	if err := a.Start(ctx); err != nil {
 		if errors.As(err, new(*store.InUseError)) {
@@ -78,7 +81,7 @@ func anyServer(cmd *cobra.Command, s streams) (c *client.Client, stop func(), er
 			fmt.Fprintln(s.err, "stopped, but not in order:", err)
 		}
 	}
-	return client.New(baseURL(a.Addr())+"/v1", ""), stop, nil
+	return client.New(a.URL()+"/v1", key), stop, nil
 }
 
 // printDryRun shows the rows, the plan with what was decided for the user, and the memory.

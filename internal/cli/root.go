@@ -82,6 +82,7 @@ func newRootCommand(s streams) *cobra.Command {
 		newDoctorCommand(s),
 		newFineTuneCommand(s),
 		newFsckCommand(s),
+		newKeyCommand(s),
 		newPredictCommand(s),
 	)
 	return root

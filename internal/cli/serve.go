@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -82,7 +81,7 @@ func serve(ctx context.Context, s streams, cfg configs.Config) error {
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintf(s.out, "listening on %s\n", baseURL(a.Addr())); err != nil {
+	if _, err := fmt.Fprintf(s.out, "listening on %s\n", a.URL()); err != nil {
 		logger.Warn("write to standard output", "error", err)
 	}
 	var failure error
@@ -111,16 +110,4 @@ func newLogger(log configs.Log, w io.Writer) (*slog.Logger, error) {
 		return slog.New(slog.NewJSONHandler(w, options)), nil
 	}
 	return slog.New(slog.NewTextHandler(w, options)), nil
-}
-
-// baseURL is where this machine reaches addr: a server on all addresses is also on the loopback one.
-func baseURL(addr string) string {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return "http://" + addr
-	}
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	return "http://" + net.JoinHostPort(host, port)
 }

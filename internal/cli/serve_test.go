@@ -87,23 +87,12 @@ func TestServeUsage(t *testing.T) {
 		{[]string{"serve", "--data-dir", "serve_test.go/x"}, exitError, "serve_test.go/x lies below a file"},
 		{[]string{"serf"}, exitUsage, "Did you mean this?\n\tserve"},
 		{[]string{"predict", "--questions", "q.csv"}, exitUsage, `required flag(s) "model", "out" not set`},
-		{[]string{"serve", "--host", "0.0.0.0"}, exitError, "allow_remote"},
+		{[]string{"serve", "--host", "0.0.0.0"}, exitError, "HONE_API_KEY"},
 		{[]string{"serve", "--config", "/no/such/file.yaml"}, exitError, "/no/such/file.yaml"},
 	} {
 		var out, err bytes.Buffer
 		if code := Run(t.Context(), test.args, strings.NewReader(""), &out, &err); code != test.code || !strings.Contains(err.String(), test.err) {
 			t.Errorf("%v: exit code %d, %s\nwant %d and %q", test.args, code, err.String(), test.code, test.err)
-		}
-	}
-}
-
-func TestBaseURL(t *testing.T) {
-	t.Parallel()
-	for addr, want := range map[string]string{
-		"127.0.0.1:80": "http://127.0.0.1:80", "[::]:80": "http://127.0.0.1:80", "0.0.0.0:80": "http://127.0.0.1:80", "[::1]:80": "http://[::1]:80",
-	} {
-		if got := baseURL(addr); got != want {
-			t.Errorf("%s: %s, want %s", addr, got, want)
 		}
 	}
 }
