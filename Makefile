@@ -13,8 +13,6 @@ export HONE_TEST_MODEL ?= $(cache)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 engine = HONE_NATIVE=$$(scripts/native.sh); export HONE_NATIVE; . scripts/env.sh
 golangci = go tool -modfile=tools/go.mod golangci-lint
 python = build/venv/bin/python
-openai_version := 3.54.0
-openai_venv := $(cache)/openai-$(openai_version)
 
 # serve's half: built and tested without cgo, which proves that it needs none. deps_test.go forbids the imports.
 pure := $(addprefix ./,$(addsuffix /...,$(wildcard server client finetune adapters configs \
@@ -110,10 +108,21 @@ race: ## tests of serve's half under the race detector
 test-peft: build model $(python) ## an exported adapter in PEFT gives the logits that the engine gives (installs PyTorch)
 	@$(engine); HONE_PYTHON=$(CURDIR)/$(python) go test -tags peft -run PEFT -count 1 -v ./internal/train/...
 
+clients := $(cache)/clients-$(shell cat scripts/sdk/requirements.txt scripts/sdk/package.json | sha256sum | cut -c1-16)
 .PHONY: test-clients
-test-clients: build model $(openai_venv)/bin/python ## curl and the official openai-python against a running server
+test-clients: build model $(clients)/ready ## curl, OpenAI's SDKs for Python, Node and Go, and go-openai against a running server
+	@cd scripts/sdk/go && CGO_ENABLED=0 go build -o ../../../build/sdk/ ./...
 	@scripts/with_server.sh bin/hone 'echo "== curl"; scripts/sdk/curl.sh $$base; \
-		echo "== openai-python"; $(openai_venv)/bin/python scripts/sdk/openai_client.py $$base/v1'
+		echo "== openai-python"; $(clients)/venv/bin/python scripts/sdk/openai_client.py $$base/v1; \
+		echo "== openai-node"; cp scripts/sdk/openai_client.mjs $(clients)/; \
+		PATH=$(clients)/venv/bin:$$PATH node $(clients)/openai_client.mjs $$base/v1 scripts/sdk/train.jsonl; \
+		echo "== openai-go"; build/sdk/openai-go $$base/v1 scripts/sdk/train.jsonl; \
+		echo "== go-openai"; build/sdk/go-openai $$base/v1 scripts/sdk/train.jsonl'
+
+schemathesis := $(cache)/schemathesis-$(shell sha256sum < scripts/schemathesis/requirements.txt | cut -c1-16)
+.PHONY: test-schemathesis
+test-schemathesis: build model $(schemathesis)/ready ## schemathesis fuzzes a running server by its own /openapi.json (about 2 minutes)
+	@scripts/with_server.sh bin/hone 'scripts/schemathesis/run.sh $(schemathesis)/bin/schemathesis $$base'
 
 frameworks := $(cache)/frameworks-$(shell cat scripts/frameworks/requirements.txt scripts/frameworks/package.json | sha256sum | cut -c1-16)
 .PHONY: test-frameworks
@@ -150,13 +159,17 @@ $(lmeval)/ready:
 	$(@D)/bin/pip install --quiet --requirement scripts/lmeval/requirements.txt
 	@touch $@
 
-# Made under another name, so that an interrupted installation is never taken for a finished one.
-$(openai_venv)/bin/python:
-	@mkdir -p $(cache)
-	rm -rf $(openai_venv)
-	python3 -m venv $(openai_venv).part
-	$(openai_venv).part/bin/pip install --quiet openai==$(openai_version)
-	mv $(openai_venv).part $(openai_venv)
+$(clients)/ready:
+	python3 -m venv $(@D)/venv
+	$(@D)/venv/bin/pip install --quiet --requirement scripts/sdk/requirements.txt
+	cp scripts/sdk/package.json $(@D)
+	cd $(@D) && PATH=$(@D)/venv/bin:$$PATH npm install --no-audit --no-fund --silent
+	@touch $@
+
+$(schemathesis)/ready:
+	python3 -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement scripts/schemathesis/requirements.txt
+	@touch $@
 
 .PHONY: docker
 docker: ## build the container image hone:local

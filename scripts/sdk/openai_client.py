@@ -1,9 +1,12 @@
 """Uses a running server with the official openai package, as its users do: chat, streaming, a constrained answer,
-errors, an upload, a fine-tuning job to its end, the tuned model. Exits with 1 at the first answer that is not as expected.
+tools, errors, a file, a fine-tuning job to its end, a batch, the tuned model. The package validates every answer against its
+own pydantic models, and strictly so. Exits with 1 at the first answer that is not as expected.
 
     python openai_client.py http://127.0.0.1:8080/v1
 """
 
+import collections
+import hashlib
 import json
 import math
 import os
@@ -32,6 +35,63 @@ PAIR = (
 )
 
 
+class Client(openai.OpenAI):
+    """A client that raises for an answer which its own models do not accept: no field may be missing or of another type."""
+
+    def __init__(self, **options):
+        super().__init__(**options, _strict_response_validation=True)
+
+    def _process_response(self, **options):
+        answer = super()._process_response(**options)
+        if isinstance(answer, openai.BaseModel):
+            strict(answer)
+        return answer
+
+
+validated = collections.Counter()
+
+
+def strict(answer):
+    """Validates what the server sent once more in pydantic's strict mode, which does not turn "1" into 1."""
+    validated[type(answer).__name__] += 1
+    type(answer).model_validate_json(answer.model_dump_json(exclude_unset=True, by_alias=True), strict=True)
+    return answer
+
+
+def batch(client, tuned):
+    lines = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"model": name, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4}}
+        for i, name in enumerate([MODEL, tuned, "no-such-model"])
+    ]
+    file = client.files.create(file=("batch.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"a": "b"})
+    deadline = time.monotonic() + 120
+    while batch.status not in ("completed", "failed", "expired", "cancelled") and time.monotonic() < deadline:
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    counts = batch.request_counts
+    expect("batch: completed, one request failed", (batch.status, counts.completed, counts.failed) == ("completed", 2, 1), batch)
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    expect("batch: an answer of each model", {a["custom_id"] for a in answers} == {"r0", "r1"}, answers)
+    for answer in answers:
+        openai.types.chat.ChatCompletion.model_validate_json(json.dumps(answer["response"]["body"]), strict=True)
+    errors = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    expect("batch: the failed request", [e["custom_id"] for e in errors] == ["r2"] and errors[0]["response"]["status_code"] == 404, errors)
+    expect("batch: is listed", batch.id in [b.id for b in client.batches.list(limit=1)])
+
+
+def upload(client):
+    """Sends a file in two parts."""
+    content = b"".join(b'{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "x"}]}\n' % i for i in range(20))
+    made = client.uploads.create(filename="parts.jsonl", purpose="fine-tune", bytes=len(content), mime_type="application/jsonl")
+    parts = [client.uploads.parts.create(made.id, data=part).id for part in (content[:500], content[500:])]
+    done = client.uploads.complete(made.id, part_ids=parts, md5=hashlib.md5(content).hexdigest())
+    expect("upload in parts: completed", done.status == "completed" and client.files.content(done.file.id).read() == content, done)
+    given_up = client.uploads.create(filename="x", purpose="fine-tune", bytes=10, mime_type="text/plain")
+    expect("upload in parts: is cancelled", client.uploads.cancel(given_up.id).status == "cancelled")
+
+
 def stream_that_breaks(client):
     """Ends the model's process in the middle of a stream, which the client raises as an error, and asks again."""
     stream = client.chat.completions.create(
@@ -53,7 +113,7 @@ def stream_that_breaks(client):
 
 
 def main():
-    client = openai.OpenAI(base_url=sys.argv[1], api_key="any", max_retries=0, timeout=120)
+    client = Client(base_url=sys.argv[1], api_key="any", max_retries=0, timeout=120)
     messages = [{"role": "user", "content": "Say hello."}]
 
     expect("models: the base model is listed", MODEL in [m.id for m in client.models.list()])
@@ -67,7 +127,7 @@ def main():
     for chunk in client.chat.completions.create(
         model=MODEL, messages=messages, max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}
     ):
-        usage = chunk.usage or usage
+        usage = strict(chunk).usage or usage
         for choice in chunk.choices:
             streamed += choice.delta.content or ""
             reasons += [choice.finish_reason] if choice.finish_reason else []
@@ -82,6 +142,31 @@ def main():
     expect("guided_choice: one of the four", choice.message.content in list("ABCD"), choice)
     total = sum(math.exp(t.logprob) for t in choice.logprobs.content[0].top_logprobs)
     expect("guided_choice: probabilities sum to 1", abs(total - 1) < 1e-3, total)
+
+    shape = {"type": "object", "properties": {"drink": {"enum": ["tea", "coffee"]}}, "required": ["drink"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Anna likes tea."}], max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": shape}},
+    )
+    expect("json_schema: an object of the schema", json.loads(answer.choices[0].message.content)["drink"] in ("tea", "coffee"), answer)
+
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    weather = {
+        "model": MODEL, "messages": [{"role": "user", "content": "What is the weather in Paris?"}], "max_tokens": 60, "temperature": 0,
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": city}}], "tool_choice": "required",
+    }
+    calls = client.chat.completions.create(**weather).choices[0].message.tool_calls
+    expect("tools: a call", json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome"), calls)
+    arguments = ""
+    for chunk in client.chat.completions.create(**weather, stream=True):
+        for part in strict(chunk).choices[0].delta.tool_calls or []:
+            arguments += part.function.arguments if part.index == 0 else ""
+    expect("tools: the same call in a stream", arguments == calls[0].function.arguments, arguments)
+
+    vectors = client.embeddings.create(model=MODEL, input=["a cat", "the economy"], encoding_format="float")
+    expect("embeddings: one vector a text", len(vectors.data) == 2 and len(vectors.data[0].embedding) > 100)
+    completion = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=4, logprobs=2)
+    expect("completion: text with log-probabilities", len(completion.choices[0].logprobs.tokens) == 4, completion)
 
     try:
         client.chat.completions.create(model="no-such-model", messages=messages)
@@ -101,7 +186,8 @@ def main():
     file = client.files.wait_for_processing(file.id)
     expect("upload: processed", file.status == "processed" and file.bytes == training.stat().st_size, file)
     expect("upload: the content comes back", client.files.content(file.id).read() == training.read_bytes())
-    expect("upload: is listed", file.id in [f.id for f in client.files.list()])
+    expect("upload: is listed", file.id in [f.id for f in client.files.list(limit=1)])
+    upload(client)
 
     job = client.fine_tuning.jobs.create(
         model=MODEL, training_file=file.id, suffix="python", seed=1,
@@ -138,11 +224,19 @@ def main():
     client.fine_tuning.jobs.cancel(preference.id)
 
     second = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, extra_body={"hone": {"num_train_epochs": 50}})
+    client.fine_tuning.jobs.pause(second.id)
+    client.fine_tuning.jobs.resume(second.id)
     client.fine_tuning.jobs.cancel(second.id)
     deadline = time.monotonic() + 10
     while (status := client.fine_tuning.jobs.retrieve(second.id).status) != "cancelled" and time.monotonic() < deadline:
         time.sleep(0.1)
     expect("job: is cancelled", status == "cancelled", status)
+
+    batch(client, job.fine_tuned_model)
+    expect("tuned model: is deleted", client.models.delete(job.fine_tuned_model).deleted)
+    expect("file: is deleted", client.files.delete(file.id).deleted)
+    expect("strict: answers of all kinds were validated", len(validated) >= 15 and validated["ChatCompletionChunk"] > 5, validated)
+    print("    ", dict(validated))
 
 
 if __name__ == "__main__":
