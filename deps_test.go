@@ -18,7 +18,7 @@ const module = "github.com/hone-llm/hone"
 var serveHalf = []string{
 	"server", "client", "finetune", "adapters", "configs",
 	"internal/store", "internal/wire", "internal/child", "internal/models", "internal/gguf", "internal/lora", "internal/durable",
-	"internal/doctor", "internal/memory", "internal/fsck",
+	"internal/doctor", "internal/memory", "internal/batch", "internal/fsck",
 }
 
 // forbidden says which packages of this module a package must not reach, also through others.

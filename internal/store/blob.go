@@ -71,8 +71,7 @@ func (s *Store) CheckSpace(bytes int64) error {
 	if err := syscall.Statfs(s.dir, &stat); err != nil {
 		return fmt.Errorf("free space of %s: %w", s.dir, err)
 	}
-	//nolint:gosec // file systems are smaller than 2^63 bytes
-	free := max(int64(stat.Bavail)*int64(stat.Bsize)-reservedBytes, 0)
+	free := max(int64(stat.Bavail)*stat.Bsize-reservedBytes, 0) //nolint:gosec // file systems are smaller than 2^63 bytes
 	if bytes > free {
 		return &SpaceError{Dir: s.dir, Need: bytes, Free: free}
 	}
