@@ -144,6 +144,39 @@ func TestEndToEndRunnerDies(t *testing.T) {
 	}
 }
 
+// TestEndToEndDeadlyRequest kills the runner in the middle of one request three times: then that one is refused by name,
+// and any other is answered.
+func TestEndToEndDeadlyRequest(t *testing.T) {
+	h := serve(t, homeOf(t, "one"))
+	deadly := greedy("one", "Write a story about a fox.", 2000)
+	apiError := new(openai.APIError)
+	for n := range 3 {
+		var once sync.Once
+		_, err := read(t, h, deadly, func(string) {
+			once.Do(func() { kill(t, h.state(t, "one").PID, syscall.SIGABRT) })
+		})
+		if !errors.As(err, &apiError) || apiError.Code != "runner_ended" {
+			t.Fatalf("death %d: %v", n+1, err)
+		}
+	}
+	if _, err := read(t, h, deadly, func(string) {}); !errors.As(err, &apiError) || apiError.HTTPStatusCode != http.StatusBadRequest || apiError.Code != "ends_engine" {
+		t.Errorf("after three deaths: %v", err)
+	}
+	if text, err := read(t, h, greedy("one", "Say hello.", 6), func(string) {}); !errors.Is(err, io.EOF) || text == "" {
+		t.Errorf("another request: %q, %v", text, err)
+	}
+}
+
+// kill ends a runner.
+func kill(t *testing.T, pid int, signal syscall.Signal) {
+	t.Helper()
+	if pid == 0 { // kill(0) would be this test
+		t.Error("there is no runner")
+		return
+	}
+	_ = syscall.Kill(pid, signal)
+}
+
 // files is how many files the server has open.
 func (h *hone) files(t *testing.T) int {
 	t.Helper()
