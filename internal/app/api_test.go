@@ -137,7 +137,7 @@ func TestAPI(t *testing.T) {
 		}
 		choice := resp.Choices[0]
 		var arguments struct{ City *string }
-		if len(choice.Message.ToolCalls) == 0 || choice.FinishReason != openai.FinishReasonToolCalls || choice.Message.ToolCalls[0].Function.Name != "weather" ||
+		if len(choice.Message.ToolCalls) != 1 || choice.FinishReason != openai.FinishReasonToolCalls || choice.Message.ToolCalls[0].Function.Name != "weather" ||
 			json.Unmarshal([]byte(choice.Message.ToolCalls[0].Function.Arguments), &arguments) != nil || arguments.City == nil {
 			t.Fatalf("answer %+v", choice)
 		}

@@ -293,7 +293,10 @@ func TestEndToEndDrain(t *testing.T) {
 		_, err := h.client.CreateChatCompletion(t.Context(), greedy("one", "Say hello.", 2))
 		answered <- err
 	}()
-	h.eventually(t, "one", func(s child.ModelState) bool { return s.State != "" })
+	state := h.eventually(t, "one", func(s child.ModelState) bool { return s.State == child.Loading || s.State == child.Ready })
+	if file, err := os.Stat(modeltest.Path(t)); err != nil || state.State == child.Loading && (state.TotalBytes != file.Size() || state.LoadedBytes > state.TotalBytes || state.Requests != 1) {
+		t.Errorf("while it loads: %+v, %v", state, err)
+	}
 	if err := h.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

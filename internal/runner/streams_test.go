@@ -311,6 +311,51 @@ func TestAdaptersInOneBatch(t *testing.T) {
 	}
 }
 
+// Adapters beyond the budget come and go beside a running stream, which says what it says alone. How long loading one
+// takes is logged: the promise is 50 ms.
+func TestAdaptersComeAndGo(t *testing.T) {
+	var paths []string
+	for i := range 4 {
+		paths = append(paths, randomAdapter(t, uint64(51+i)))
+	}
+	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 512, Sequences: 2, Threads: 1, AdapterBytes: 1}) // none may idle
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	stream := child.GenerateRequest{Prompt: &open[0], MaxTokens: 200, IgnoreEOS: true}
+	want := ask(t, r, stream)
+	text := make(chan answer, 1)
+	go func() { a, _ := generate(t.Context(), r, stream); text <- a }()
+	first := map[string]string{}
+	for range 2 {
+		for i, path := range paths {
+			got := ask(t, r, child.GenerateRequest{Prompt: &open[1], MaxTokens: 2, Adapter: &child.Adapter{ID: fmt.Sprint(i), Path: path}})
+			if before, ok := first[path]; ok && before != got.Text {
+				t.Errorf("adapter %d loaded again says %q, at first %q", i, got.Text, before)
+			}
+			first[path] = got.Text
+		}
+	}
+	if got := <-text; got.Text != want.Text {
+		t.Errorf("beside adapters that come and go %q, alone %q", got.Text, want.Text)
+	}
+	if s, err := r.Status(t.Context()); err != nil || len(s.Adapters) != 0 || s.AdapterBytes != 0 {
+		t.Errorf("beyond the budget: %+v, %v", s, err)
+	}
+	best := time.Hour
+	for _, path := range paths {
+		began := time.Now()
+		a, err := r.scheduler.loaded.load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		best = min(best, time.Since(began))
+		a.Close()
+	}
+	t.Logf("an adapter loads in %v", best)
+}
+
 // A prompt of 4,000 tokens does not stall the streams beside it.
 func TestLongPromptBesideStreams(t *testing.T) {
 	// The promise is three times; what else runs on the machine comes on top.
