@@ -3,6 +3,7 @@
 package app_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -52,6 +53,9 @@ func TestAPI(t *testing.T) {
 			t.Fatalf("found %d examples", len(examples))
 		}
 		for _, example := range examples {
+			if bytes.Contains(example[1], []byte("...")) {
+				continue // of an object that the reader has made
+			}
 			if status, body := send(string(example[1]), string(example[2])); status != http.StatusOK || !json.Valid(body) {
 				t.Errorf("%s %s: %d %s", example[1], example[2], status, body)
 			}
