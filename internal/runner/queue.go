@@ -60,11 +60,17 @@ func (c *clients) unserved() bool {
 	return false
 }
 
-// greediest returns the client with most running sequences, nil if none has two.
-func (c *clients) greediest() *client {
+// turnTokens is how many generated tokens a client may be ahead of one that waits, where each has but one place.
+const turnTokens = 256
+
+// greediest returns the client that gives up a place to another's first sequence: the one with most running sequences,
+// or, where none has two, the one that was served most, if that is a whole turn more than the other. nil: it has to wait.
+func (c *clients) greediest(waiting *client) *client {
 	var most *client
 	for _, have := range c.byName {
-		if have.running > 1 && (most == nil || cmp.Or(cmp.Compare(have.running, most.running), cmp.Compare(most.name, have.name)) > 0) {
+		ahead := have.running == 1 && have.served-waiting.served > turnTokens*generatedCost
+		if (have.running > 1 || ahead) && (most == nil ||
+			cmp.Or(cmp.Compare(have.running, most.running), cmp.Compare(have.served, most.served), cmp.Compare(most.name, have.name)) > 0) {
 			most = have
 		}
 	}

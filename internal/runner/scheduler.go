@@ -358,9 +358,9 @@ func (s *scheduler) admit() {
 	for q := range turns(s.waiting) {
 		var displaced *sequence
 		if q.parent == nil && s.places() <= 0 {
-			// A client's first sequence need not wait for another's second.
+			// A client's first sequence need not wait for another's second, nor for the end of a long one.
 			if q.request.client.running == 0 {
-				displaced = s.lastOf(s.clients.greediest())
+				displaced = s.lastOf(s.clients.greediest(q.request.client))
 			}
 			if displaced == nil {
 				continue

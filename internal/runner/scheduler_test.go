@@ -264,6 +264,52 @@ func TestFairness(t *testing.T) {
 	}
 }
 
+// Endless streams of as many clients as there are places do not keep another client out, and go on as if nothing had been.
+func TestTurnsOfClients(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := newToyDecoder(16, 10000, 128, true)
+		d.cost = func(tokens, parts int) time.Duration { return time.Millisecond }
+		s, stop := newToyScheduler(t, d, 2, 1000)
+		defer stop()
+		ctx, cancel := context.WithCancel(t.Context())
+		random := rand.New(rand.NewPCG(1, 1))
+		var streams []*stream
+		var prompts [][]engine.Token
+		var requests []*request
+		for _, client := range []string{"a", "b"} {
+			st, prompt := &stream{n: 1 << 30}, tokensFrom(random, 5)
+			r, err := st.submit(ctx, s, client, nil, prompt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			streams, prompts, requests = append(streams, st), append(prompts, prompt), append(requests, r)
+		}
+		time.Sleep(100 * time.Millisecond)
+		short, prompt := &stream{n: 10}, tokensFrom(random, 5)
+		r, err := short.submit(t.Context(), s, "c", nil, prompt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-r.done
+		if !slices.Equal(short.got, toyAnswer("", prompt, 10)) {
+			t.Errorf("the third client got %v", short.got)
+		}
+		if n := len(streams[0].got); n > 2*turnTokens {
+			t.Errorf("it had to wait for %d tokens of the others", n)
+		}
+		time.Sleep(500 * time.Millisecond)
+		cancel()
+		s.notify()
+		for i, r := range requests {
+			<-r.done
+			if got := streams[i].got; len(got) < turnTokens+100 || !slices.Equal(got, toyAnswer("", prompts[i], len(got))) {
+				t.Errorf("stream %d has %d tokens, or other ones than alone", i, len(got))
+			}
+		}
+	})
+}
+
 // Where a batch has one adapter, none waits for ever; and a bad one fails its own requests alone.
 func TestTurns(t *testing.T) {
 	t.Parallel()
