@@ -227,6 +227,7 @@ func TestFairness(t *testing.T) {
 	// Two more clients that always have requests, of different lengths: as many tokens for each.
 	var mu sync.Mutex
 	served := map[string]int{}
+	reached := make(chan float64, 1) // tokens of long for each of short, when short has half of its own
 	var others []*request
 	for range 60 {
 		for client, length := range map[string]int{"long": 40, "short": 10} {
@@ -234,8 +235,10 @@ func TestFairness(t *testing.T) {
 			prompt := tokensFrom(random, length)
 			st.each = func(int) {
 				mu.Lock()
-				served[client]++
-				mu.Unlock()
+				defer mu.Unlock()
+				if served[client]++; client == "short" && served[client] == 300 {
+					reached <- float64(served["long"]) / 300
+				}
 			}
 			r, err := st.submit(ctx, s, client, nil, prompt)
 			if err != nil {
@@ -244,18 +247,8 @@ func TestFairness(t *testing.T) {
 			others = append(others, r)
 		}
 	}
-	for {
-		mu.Lock()
-		short := served["short"]
-		long := served["long"]
-		mu.Unlock()
-		if short >= 300 {
-			if ratio := float64(long) / float64(short); ratio < 0.6 || ratio > 1.7 {
-				t.Errorf("%d tokens for the client with long requests, %d for the one with short ones", long, short)
-			}
-			break
-		}
-		time.Sleep(time.Millisecond)
+	if ratio := <-reached; ratio < 0.6 || ratio > 1.7 {
+		t.Errorf("%.2f tokens for the client with long requests for each of the one with short ones", ratio)
 	}
 	cancel()
 	s.notify()
