@@ -198,7 +198,9 @@ func TestCheck(t *testing.T) {
 				return []string{"files " + h.files[0].ID + ": its row says 3 bytes, its content has 9", "files " + h.files[1].ID + ": its row says 3 bytes"}
 			}},
 		{name: "blob without a row", leftover: true, start: true, damage: func(h *home) { h.write("blobs/sha256/"+orphan[:2]+"/"+orphan, "orphan") },
-			want: func(*home) []string { return []string{"blobs/sha256/" + orphan[:2] + "/" + orphan + ": no row names it"} }},
+			want: func(*home) []string {
+				return []string{"blobs/sha256/" + orphan[:2] + "/" + orphan + ": no row names it"}
+			}},
 		{name: "upload cut off", leftover: true, start: true, damage: func(h *home) { h.write("blobs/tmp/abc", "half") },
 			want: func(*home) []string { return []string{"blobs/tmp/abc: an upload was cut off"} }},
 		{name: "strange file", person: true, damage: func(h *home) { h.write("blobs/sha256/readme", "x") },

@@ -16,7 +16,7 @@ import (
 )
 
 // goldenWeights are the weights of testdata/peft as a trainer would hand them over.
-func goldenWeights(t *testing.T) Weights {
+func goldenWeights(t testing.TB) Weights {
 	t.Helper()
 	tensors, _, err := gguf.ReadSafetensors("testdata/peft/gguf_order.safetensors")
 	if err != nil {
@@ -82,7 +82,7 @@ func TestExportLikePEFT(t *testing.T) {
 	}
 }
 
-func readJSON(t *testing.T, path string, v any) {
+func readJSON(t testing.TB, path string, v any) {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	if err != nil {

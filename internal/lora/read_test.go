@@ -18,7 +18,7 @@ import (
 )
 
 // tinyBase is the header of the base model of testdata/peft: width 16, 4 heads and 2 key-value heads of 4, 12 inner.
-func tinyBase(t *testing.T, architecture string) *gguf.File {
+func tinyBase(t testing.TB, architecture string) *gguf.File {
 	t.Helper()
 	metadata := []gguf.KeyValue{
 		{Key: "general.architecture", Value: architecture},
