@@ -102,9 +102,11 @@ func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(
 	}()
 	most := limit + maxFormBytes
 	if c.Request.ContentLength > most {
+		c.Header("Connection", "close") // rather than reading what is not wanted
 		return form, tooLarge(field, limit)
 	}
 	if err := s.files.CheckSpace(max(c.Request.ContentLength, 0)); err != nil {
+		c.Header("Connection", "close")
 		return form, err
 	}
 	c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, most)

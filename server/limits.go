@@ -51,7 +51,10 @@ func (s *Server) limitBody(c *gin.Context, kind bodyKind) error {
 		c.Header("Connection", "close") // rather than reading what is not wanted
 		return bodyTooLong(limit)
 	}
-	r.Body = &timedBody{ReadCloser: r.Body, control: http.NewResponseController(c.Writer), began: time.Now(), grace: s.bodyTimeout}
+	timed := &timedBody{ReadCloser: r.Body, control: http.NewResponseController(c.Writer), began: time.Now(), grace: s.bodyTimeout}
+	// Of a body that the handler does not read, net/http reads a part itself before it answers.
+	_ = timed.control.SetReadDeadline(timed.began.Add(timed.grace))
+	r.Body = timed
 	if limit > 0 {
 		r.Body = http.MaxBytesReader(c.Writer, r.Body, limit)
 	}
