@@ -121,7 +121,7 @@ test-clients: build model $(clients)/ready ## curl, OpenAI's SDKs for Python, No
 
 schemathesis := $(cache)/schemathesis-$(shell sha256sum < scripts/schemathesis/requirements.txt | cut -c1-16)
 .PHONY: test-schemathesis
-test-schemathesis: build model $(schemathesis)/ready ## schemathesis fuzzes a running server by its own /openapi.json (about 2 minutes)
+test-schemathesis: build model $(schemathesis)/ready ## schemathesis fuzzes a running server by its own /openapi.json (about a minute)
 	@scripts/with_server.sh bin/hone 'scripts/schemathesis/run.sh $(schemathesis)/bin/schemathesis $$base'
 
 frameworks := $(cache)/frameworks-$(shell cat scripts/frameworks/requirements.txt scripts/frameworks/package.json | sha256sum | cut -c1-16)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/gin-gonic/gin"
 
@@ -195,6 +196,11 @@ func (s *Server) listJobs(c *gin.Context) error {
 			return invalid("metadata", "metadata is %.60q; expected metadata[key]=value, or metadata=null for jobs without any", only)
 		}
 		query.NoMetadata = true
+	}
+	for key := range c.Request.URL.Query() {
+		if name, ok := strings.CutPrefix(key, "metadata["); ok && strings.Trim(name, "]") == "" {
+			return invalid("metadata", "%.60q names no key; expected metadata[key]=value, or metadata=null for jobs without any", key)
+		}
 	}
 	if len(query.Metadata) > maxMetadata {
 		return invalid("metadata", "metadata has %d pairs; a job has at most %d", len(query.Metadata), maxMetadata)

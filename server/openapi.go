@@ -39,6 +39,9 @@ var (
 
 func limit(most int) parameter { return parameter{"limit", between("integer", 1, most)} }
 
+// binary is a form's file: bytes have no JSON type.
+var binary = schema{"contentMediaType": "application/octet-stream"}
+
 type healthAnswer struct {
 	Status string             `json:"status"`
 	Models []child.ModelState `json:"models,omitzero"` // nil: not told without a key
@@ -73,7 +76,7 @@ var operations = []operation{
 	{method: "POST", path: "/v1/files", id: "createFile", summary: "Upload a file", answer: wire.File{}, form: schema{
 		"type": "object", "required": []string{"purpose", "file"}, "properties": schema{
 			"purpose": schema{"type": "string", "enum": anys(purposes)},
-			"file":    schema{"type": "string", "contentMediaType": "application/octet-stream", "minLength": 1},
+			"file":    binary,
 
 			"expires_after[anchor]":  oneOf("created_at"),
 			"expires_after[seconds]": between("integer", minLifetime, maxLifetime),
@@ -87,7 +90,7 @@ var operations = []operation{
 	{method: "POST", path: "/v1/uploads", id: "createUpload", summary: "Begin a file that comes in parts", request: wire.UploadRequest{}, answer: wire.Upload{}},
 	{method: "POST", path: "/v1/uploads/:id/parts", id: "addUploadPart", summary: "Add a part to an upload", answer: wire.UploadPart{}, form: schema{
 		"type": "object", "required": []string{"data"}, "properties": schema{
-			"data": schema{"type": "string", "contentMediaType": "application/octet-stream", "minLength": 1},
+			"data": binary,
 		},
 	}},
 	{method: "POST", path: "/v1/uploads/:id/complete", id: "completeUpload", summary: "Join the parts to a file", request: wire.CompleteUploadRequest{}, answer: wire.Upload{}},

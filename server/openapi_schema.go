@@ -297,7 +297,7 @@ var shapes = map[string]schema{
 	"UploadRequest.filename":         someText,
 	"UploadRequest.purpose":          {"type": "string", "enum": anys(purposes)},
 	"UploadRequest.bytes":            between("integer", 1, int64(maxUploadBytes)),
-	"UploadRequest.mime_type":        {"type": "string", "pattern": "^[a-z]+/[a-z0-9.+-]+$"},
+	"UploadRequest.mime_type":        {"type": "string", "pattern": "/"},
 	"CompleteUploadRequest.part_ids": {"minItems": 1},
 	"CompleteUploadRequest.md5":      {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"},
 	"ExpiresAfterInput.anchor":       oneOf("created_at"),
