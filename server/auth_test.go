@@ -180,7 +180,7 @@ func TestGuardOfEveryRoute(t *testing.T) {
 func TestCORS(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, withKeys, func(o *Options) { o.CORSOrigins = []string{"https://app.example"} })
-	ask := func(method, origin, path string, headers ...string) *http.Response {
+	ask := func(method, origin, path string, headers ...string) (int, http.Header) {
 		req, err := http.NewRequestWithContext(t.Context(), method, r.URL+path, strings.NewReader("{}"))
 		if err != nil {
 			t.Fatal(err)
@@ -195,35 +195,33 @@ func TestCORS(t *testing.T) {
 			t.Fatal(err)
 		}
 		resp.Body.Close()
-		return resp
+		return resp.StatusCode, resp.Header
 	}
 	preflight := []string{"Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "authorization,content-type,x-stainless-os"}
-	resp := ask("OPTIONS", "https://app.example", "/v1/chat/completions", preflight...)
-	if h := resp.Header; resp.StatusCode != http.StatusNoContent || h.Get("Access-Control-Allow-Origin") != "https://app.example" ||
+	status, h := ask("OPTIONS", "https://app.example", "/v1/chat/completions", preflight...)
+	if status != http.StatusNoContent || h.Get("Access-Control-Allow-Origin") != "https://app.example" ||
 		h.Get("Access-Control-Allow-Headers") != preflight[3] || !strings.Contains(h.Get("Access-Control-Allow-Methods"), "POST") || h.Get("Vary") != "Origin" ||
 		h.Get("Access-Control-Allow-Credentials") != "" {
-		t.Errorf("preflight: %s %v", resp.Status, h)
+		t.Errorf("preflight: %d %v", status, h)
 	}
-	resp = ask("POST", "https://app.example", "/v1/tokenize", "Authorization", "Bearer "+secrets["chatter"])
-	if resp.StatusCode != http.StatusBadRequest || resp.Header.Get("Access-Control-Allow-Origin") != "https://app.example" {
-		t.Errorf("request: %s %v", resp.Status, resp.Header)
+	status, h = ask("POST", "https://app.example", "/v1/tokenize", "Authorization", "Bearer "+secrets["chatter"])
+	if status != http.StatusBadRequest || h.Get("Access-Control-Allow-Origin") != "https://app.example" {
+		t.Errorf("request: %d %v", status, h)
 	}
-	if resp = ask("POST", "https://app.example", "/v1/tokenize"); resp.StatusCode != http.StatusUnauthorized {
-		t.Errorf("request without a key: %s", resp.Status)
+	if status, _ = ask("POST", "https://app.example", "/v1/tokenize"); status != http.StatusUnauthorized {
+		t.Errorf("request without a key: %d", status)
 	}
 	for _, origin := range []string{"https://app.example.evil.example", "http://app.example", "https://app.example:444", "null", "https://APP.example"} {
 		for _, method := range []string{"OPTIONS", "POST"} {
-			resp := ask(method, origin, "/v1/chat/completions", append(preflight, "Authorization", "Bearer "+secrets["owner"])...)
-			if resp.StatusCode < 400 || resp.Header.Get("Access-Control-Allow-Origin") != "" {
-				t.Errorf("%s of %s: %s %v", method, origin, resp.Status, resp.Header)
+			status, h := ask(method, origin, "/v1/chat/completions", append(preflight, "Authorization", "Bearer "+secrets["owner"])...)
+			if status < 400 || h.Get("Access-Control-Allow-Origin") != "" {
+				t.Errorf("%s of %s: %d %v", method, origin, status, h)
 			}
 		}
 	}
-	if resp := func() *http.Response {
-		r = newRig(t)
-		return ask("OPTIONS", "https://app.example", "/v1/models", preflight...)
-	}(); resp.Header.Get("Access-Control-Allow-Origin") != "" || resp.Header.Get("Vary") != "" {
-		t.Errorf("not configured: %s %v", resp.Status, resp.Header)
+	r = newRig(t)
+	if status, h := ask("OPTIONS", "https://app.example", "/v1/models", preflight...); h.Get("Access-Control-Allow-Origin") != "" || h.Get("Vary") != "" {
+		t.Errorf("not configured: %d %v", status, h)
 	}
 }
 
@@ -297,6 +295,31 @@ func TestSlowBodyIsCut(t *testing.T) {
 	body, _ := io.ReadAll(resp.Body)
 	resp.Body.Close()
 	wantError(t, "slow body", resp.StatusCode, string(body), http.StatusRequestTimeout, "", "request_timeout", "too slowly")
+}
+
+// TestUnreadBodyIsNotWaitedFor answers before a body that never comes.
+func TestUnreadBodyIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withKeys, func(o *Options) { o.BodyTimeout = 200 * time.Millisecond })
+	for _, path := range []string{"/v1/chat/completions", "/v1/files", "/v1/nothing", "/v1/models", "/health"} {
+		for _, length := range []int{100, 1 << 20, 1 << 30} {
+			conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", r.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n{", path, length)
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Errorf("%s with %d bytes to come: %v", path, length, err)
+			} else if resp.Body.Close(); resp.StatusCode < 400 || resp.StatusCode >= 500 {
+				t.Errorf("%s with %d bytes to come: %s", path, length, resp.Status)
+			}
+			conn.Close()
+		}
+	}
 }
 
 // TestAnswersOutliveTheBodysTime holds a stream open for longer than its body might have taken.

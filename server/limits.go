@@ -31,9 +31,11 @@ const (
 	// bodyTimeout is Options.BodyTimeout where it is 0, and minBodyRate what a slower body must keep up, in bytes a second.
 	bodyTimeout = 30 * time.Second
 	minBodyRate = 4 << 10
+	// unreadTimeout is for what is left of a body that was answered before its end.
+	unreadTimeout = 2 * time.Second
 )
 
-// limitBody refuses a body that says that it is too long, and bounds the length and the time of one that does not.
+// limitBody refuses a body that says that it is too long, and bounds the length of one that does not.
 func (s *Server) limitBody(c *gin.Context, kind bodyKind) error {
 	r := c.Request
 	if r.Body == nil || r.Body == http.NoBody {
@@ -51,10 +53,6 @@ func (s *Server) limitBody(c *gin.Context, kind bodyKind) error {
 		c.Header("Connection", "close") // rather than reading what is not wanted
 		return bodyTooLong(limit)
 	}
-	timed := &timedBody{ReadCloser: r.Body, control: http.NewResponseController(c.Writer), began: time.Now(), grace: s.bodyTimeout}
-	// Of a body that the handler does not read, net/http reads a part itself before it answers.
-	_ = timed.control.SetReadDeadline(timed.began.Add(timed.grace))
-	r.Body = timed
 	if limit > 0 {
 		r.Body = http.MaxBytesReader(c.Writer, r.Body, limit)
 	}
@@ -75,6 +73,25 @@ type timedBody struct {
 	began   time.Time
 	grace   time.Duration
 	read    int64
+	ended   bool
+}
+
+// timeBody bounds the time of a request's body. The caller calls done when the request is answered.
+func (s *Server) timeBody(c *gin.Context) (done func()) {
+	whole := c.Request.Body
+	if whole == nil || whole == http.NoBody {
+		return func() {}
+	}
+	timed := &timedBody{ReadCloser: whole, control: http.NewResponseController(c.Writer), began: time.Now(), grace: s.bodyTimeout}
+	c.Request.Body = timed
+	return func() {
+		// net/http reads what is left of a body, if that is not much, before it sends the answer. It must know its own body for
+		// that, and would wait for a client that sends nothing more.
+		c.Request.Body = whole
+		if !timed.ended {
+			_ = timed.control.SetReadDeadline(time.Now().Add(min(s.bodyTimeout, unreadTimeout))) // as in Read
+		}
+	}
 }
 
 func (b *timedBody) Read(p []byte) (int, error) {
@@ -83,6 +100,7 @@ func (b *timedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.read += int64(n)
 	if err != nil {
+		b.ended = true
 		// What follows on this connection has its own times. While the request is answered, net/http reads on to see the client
 		// go, and would take a deadline for that.
 		_ = b.control.SetReadDeadline(time.Time{})

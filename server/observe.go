@@ -42,7 +42,9 @@ func (s *Server) observe(c *gin.Context) {
 	c.Header(requestIDHeader, requestID(c.Request))
 	began := time.Now()
 	s.metrics.inFlight.Inc()
+	bodyDone := s.timeBody(c)
 	defer func() {
+		bodyDone()
 		s.metrics.inFlight.Dec()
 		took := time.Since(began)
 		status := c.Writer.Status()
