@@ -111,7 +111,7 @@ func examine(cmd *cobra.Command) []doctor.Check {
 		first.Found = file
 	}
 	o := doctor.Options{
-		DataDir: cfg.DataDir, Host: cfg.Host, Port: cfg.Port, DefaultModel: cfg.DefaultModel, Device: cfg.Device,
+		DataDir: cfg.DataDir, Host: cfg.Host, Port: cfg.Port, Key: cfg.APIKey, CertFile: cfg.TLS.CertFile, DefaultModel: cfg.DefaultModel, Device: cfg.Device,
 		TrainerDevice: cfg.Trainer.Device, Memory: cfg.MemoryBytes(), TrainerMemory: cfg.Trainer.MemoryBytes(), Threads: cfg.Threads,
 		Cores: runtime.NumCPU(), Quota: runtime.GOMAXPROCS(0), Engine: askEngine,
 	}

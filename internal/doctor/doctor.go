@@ -52,6 +52,8 @@ type Options struct {
 	DataDir       string // absolute
 	Host          string
 	Port          int    // 0: any free one
+	Key           string // of the API, to be told about the server's models; "": none
+	CertFile      string // of the server's TLS certificate; "": plain HTTP
 	DefaultModel  string // "": none
 	Device        string // of answers: auto, cpu, cuda
 	TrainerDevice string // of jobs that do not say

@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"math"
@@ -309,7 +310,8 @@ func TestServer(t *testing.T) {
 		want    string
 		failing bool
 	}{
-		{nil, "no model is in memory", false},
+		{nil, "it tells its models to those who have a key: set HONE_API_KEY", false},
+		{[]child.ModelState{}, "no model is in memory", false},
 		{[]child.ModelState{
 			{Model: "a", State: child.Ready, IdleSeconds: 61, MemoryBytes: 1 << 30}, {Model: "b", State: child.Ready, MemoryBytes: 2 << 30, Requests: 3},
 		}, "a is ready (1.0 GiB, idle for 1m1s); b is ready (2.0 GiB, 3 requests)", false},
@@ -323,6 +325,34 @@ func TestServer(t *testing.T) {
 	}
 	o := Options{Root: root, Host: "127.0.0.1", Port: port(healthy)}
 	expect(t, o.server(t.Context(), held), Warning, "replaced", "start it again")
+}
+
+// TestServerWithKeyAndTLS asks a server whose certificate is of another name and signed by nobody.
+func TestServerWithKeyAndTLS(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer secret" {
+			fmt.Fprint(w, `{"status":"ok"}`)
+			return
+		}
+		fmt.Fprint(w, `{"status":"ok","models":[{"model":"a","state":"ready","idle_seconds":61}]}`)
+	}))
+	defer server.Close()
+	dir := t.TempDir()
+	cert, other := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "other.pem")
+	for path, der := range map[string][]byte{cert: server.Certificate().Raw, other: []byte("another")} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	held := holder{true, 4711}
+	o := Options{Root: dir, Host: "127.0.0.1", Port: server.Listener.Addr().(*net.TCPAddr).Port, CertFile: cert}
+	expect(t, o.server(t.Context(), held), OK, "healthy at https://127.0.0.1:", "")
+	expect(t, o.server(t.Context(), held), OK, "set HONE_API_KEY", "")
+	o.Key = "secret"
+	expect(t, o.server(t.Context(), held), OK, "a is ready", "")
+	o.CertFile = other
+	expect(t, o.server(t.Context(), held), Problem, "not that of tls.cert_file", "SIGTERM")
 }
 
 func TestModel(t *testing.T) {

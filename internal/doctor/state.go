@@ -1,8 +1,11 @@
 package doctor
 
 import (
+	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -140,11 +143,15 @@ func (o *Options) server(ctx context.Context, h holder) Check {
 	case !errors.Is(err, syscall.EADDRINUSE):
 		return Check{"server", Problem, fmt.Sprintf("cannot listen on %s: %s", address, oneLine(err)), "set host to an address of this machine, such as 127.0.0.1"}
 	}
-	url := "http://" + address
-	if ip := net.ParseIP(o.Host); ip != nil && ip.IsUnspecified() {
-		url = "http://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(o.Port))
+	scheme := "http://"
+	if o.CertFile != "" {
+		scheme = "https://"
 	}
-	models, healthErr := health(ctx, url)
+	url := scheme + address
+	if ip := net.ParseIP(o.Host); ip != nil && ip.IsUnspecified() {
+		url = scheme + net.JoinHostPort("127.0.0.1", strconv.Itoa(o.Port))
+	}
+	models, healthErr := o.health(ctx, url)
 	switch {
 	case !h.held && healthErr == nil:
 		return Check{"server", Problem, fmt.Sprintf("port %d is in use by a hone server over another data directory", o.Port), "set port (--port, HONE_PORT) to another, or stop that server"}
@@ -167,6 +174,9 @@ func (o *Options) server(ctx context.Context, h holder) Check {
 
 // describeModels says which models a server has in memory, and whether one waits for memory or does not start.
 func describeModels(models []child.ModelState) (text string, failing bool) {
+	if models == nil {
+		return "it tells its models to those who have a key: set HONE_API_KEY", false
+	}
 	var parts []string
 	for _, m := range models {
 		part := fmt.Sprintf("%s is %s", m.Model, m.State)
@@ -189,16 +199,25 @@ func describeModels(models []child.ModelState) (text string, failing bool) {
 	return strings.Join(parts, "; "), failing
 }
 
-// health asks a hone server how it is, and its models.
-func health(ctx context.Context, url string) ([]child.ModelState, error) {
+// health asks a hone server how it is, and its models: nil if it does not tell them without a key.
+func (o *Options) health(ctx context.Context, url string) ([]child.ModelState, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/health", nil)
 	if err != nil {
 		return nil, err
 	}
+	if o.Key != "" {
+		req.Header.Set("Authorization", "Bearer "+o.Key)
+	}
 	// Of this machine: never through a proxy.
-	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	transport := &http.Transport{DisableKeepAlives: true}
+	if o.CertFile != "" {
+		if transport.TLSClientConfig, err = o.trust(); err != nil {
+			return nil, err
+		}
+	}
+	resp, err := (&http.Client{Transport: transport}).Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -211,4 +230,27 @@ func health(ctx context.Context, url string) ([]child.ModelState, error) {
 		return nil, fmt.Errorf("it answers %s", resp.Status)
 	}
 	return body.Models, nil
+}
+
+// trust takes the configured certificate itself, which need not be of the address that this machine reaches the server at,
+// nor signed by anybody.
+func (o *Options) trust() (*tls.Config, error) {
+	text, err := os.ReadFile(o.CertFile)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil, fmt.Errorf("%s has no certificate in PEM", o.CertFile)
+	}
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		InsecureSkipVerify: true, // #nosec G402 -- VerifyConnection compares the certificate as a whole
+		VerifyConnection: func(state tls.ConnectionState) error {
+			if len(state.PeerCertificates) == 0 || !bytes.Equal(state.PeerCertificates[0].Raw, block.Bytes) {
+				return errors.New("its certificate is not that of tls.cert_file")
+			}
+			return nil
+		},
+	}, nil
 }
