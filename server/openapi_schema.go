@@ -26,7 +26,7 @@ type schemas struct {
 	used       map[string]bool // keys of shapes that a type asked for
 }
 
-// of returns the schema of t, a reference for structs.
+// of returns the schema of t, a reference for structs that have a name.
 func (s *schemas) of(t reflect.Type, request bool) schema {
 	if shape, ok := typeShapes[t]; ok {
 		return shape(s, request)
@@ -52,6 +52,9 @@ func (s *schemas) of(t reflect.Type, request bool) schema {
 	case reflect.Interface:
 		return schema{}
 	case reflect.Struct:
+		if t.Name() == "" {
+			return s.object(t, request)
+		}
 		name := componentName(t, request)
 		if _, ok := s.components[name]; !ok {
 			s.components[name] = nil // for types that hold themselves

@@ -82,9 +82,9 @@ func TestOpenAPISchema(t *testing.T) {
 		E *int `json:"e,omitempty"`
 	}
 	type thing struct {
-		A string  `json:"a"`
-		B *string `json:"b"`
-		C []int   `json:"c,omitempty"`
+		A struct{} `json:"a"` // no component: it has no name
+		B *string  `json:"b"`
+		C []int    `json:"c,omitempty"`
 		embedded
 	}
 	s := &schemas{components: map[string]any{}, used: map[string]bool{}}
@@ -92,8 +92,8 @@ func TestOpenAPISchema(t *testing.T) {
 		request bool
 		want    string
 	}{
-		{false, `{"properties":{"a":{"type":"string"},"b":{"type":["string","null"]},"c":{"items":{"type":"integer"},"type":"array"},"e":{"type":["integer","null"]}},"required":["a","b"],"type":"object"}`},
-		{true, `{"properties":{"a":{"type":["string","null"]},"b":{"type":["string","null"]},"c":{"items":{"type":"integer"},"type":["array","null"]},"e":{"type":["integer","null"]}},"type":"object"}`},
+		{false, `{"properties":{"a":{"properties":{},"type":"object"},"b":{"type":["string","null"]},"c":{"items":{"type":"integer"},"type":"array"},"e":{"type":["integer","null"]}},"required":["a","b"],"type":"object"}`},
+		{true, `{"properties":{"a":{"properties":{},"type":["object","null"]},"b":{"type":["string","null"]},"c":{"items":{"type":"integer"},"type":["array","null"]},"e":{"type":["integer","null"]}},"type":"object"}`},
 	} {
 		got, err := json.Marshal(s.object(reflect.TypeFor[thing](), test.request))
 		if err != nil || string(got) != test.want {

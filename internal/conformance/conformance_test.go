@@ -289,26 +289,20 @@ func TestConformance(t *testing.T) {
 	t.Run("others", func(t *testing.T) { s.others(t) })
 	t.Run("errors", func(t *testing.T) { s.errors(t) })
 	t.Run("life of a job", func(t *testing.T) { s.job(t) })
+	t.Run("uploads", func(t *testing.T) { s.uploads(t) })
+	t.Run("batches", func(t *testing.T) { s.batches(t) })
 	t.Logf("%d answers and %d events of streams were validated", s.checker.answers, s.checker.events)
 	for _, d := range s.checker.documents {
 		for _, op := range d.operations {
-			if _, there := notThere[op.method+" "+op.path]; !there && !d.seen[op.method+" "+op.path] {
+			if _, no := refused[op.method+" "+op.path]; !no && !d.seen[op.method+" "+op.path] {
 				t.Errorf("%s: nothing got an answer of %s %s", d.name, op.method, op.path)
 			}
 		}
 	}
 }
 
-// notThere are operations that never succeed: those of OpenAI's document that hone does not have, and those that it refuses.
-var notThere = map[string]string{
-	"POST /uploads":                      "",
-	"POST /uploads/{upload_id}/parts":    "",
-	"POST /uploads/{upload_id}/complete": "",
-	"POST /uploads/{upload_id}/cancel":   "",
-	"POST /batches":                      "",
-	"GET /batches":                       "",
-	"GET /batches/{batch_id}":            "",
-	"POST /batches/{batch_id}/cancel":    "",
+// refused are operations that never succeed.
+var refused = map[string]string{
 	"DELETE /fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions/{permission_id}": "the permission of the only project stays",
 	"DELETE /v1/fine_tuning/checkpoints/{checkpoint}/permissions/{permission}":                  "as above",
 }
@@ -362,7 +356,9 @@ func (s *server) others(t *testing.T) {
 		s.send(http.StatusOK, http.MethodPost, prefix+"/detokenize", `{"model":"`+model+`","tokens":[1,2]}`)
 		s.send(http.StatusOK, http.MethodGet, prefix+"/tokenizer_info", "")
 	}
-	s.send(http.StatusOK, http.MethodGet, "/health", "")
+	for _, path := range []string{"/health", "/ready", "/metrics", "/debug/pprof/goroutine"} {
+		s.send(http.StatusOK, http.MethodGet, path, "")
+	}
 	s.send(http.StatusOK, http.MethodGet, "/v1/models", "")
 	s.send(http.StatusOK, http.MethodGet, "/v1/models/"+model, "")
 	s.send(http.StatusOK, http.MethodGet, "/v1/files", "") // empty pages
@@ -467,4 +463,75 @@ func (s *server) job(t *testing.T) {
 		t.Errorf("a job over bad rows: %s", got.body)
 	}
 	s.send(http.StatusOK, http.MethodGet, "/v1/fine_tuning/jobs/"+failed.id(t)+"/events", "")
+}
+
+func (s *server) uploads(t *testing.T) {
+	content := rows(4)
+	request := fmt.Sprintf(`{"filename":"a.jsonl","purpose":"fine-tune","bytes":%d,"mime_type":"application/jsonl","expires_after":{"anchor":"created_at","seconds":3600}}`, len(content))
+	path := "/v1/uploads/" + s.send(http.StatusOK, http.MethodPost, "/v1/uploads", request).id(t)
+	first := s.form(http.StatusOK, path+"/parts", "data", "@a:"+content[:50]).id(t)
+	second := s.form(http.StatusOK, path+"/parts", "data", "@a:"+content[50:]).id(t)
+	s.send(http.StatusBadRequest, http.MethodPost, path+"/complete", `{"part_ids":["`+first+`"]}`)
+	done := s.send(http.StatusOK, http.MethodPost, path+"/complete", `{"part_ids":["`+first+`","`+second+`"]}`)
+	s.send(http.StatusOK, http.MethodGet, "/v1/files/"+done.get(t, "file", "id").(string), "")
+
+	path = "/v1/uploads/" + s.send(http.StatusOK, http.MethodPost, "/v1/uploads", request).id(t)
+	s.send(http.StatusOK, http.MethodPost, path+"/cancel", "")
+	if late := s.form(http.StatusBadRequest, path+"/parts", "data", "@a:b"); late.get(t, "error", "message") == nil {
+		t.Errorf("a part after the end: %s", late.body)
+	}
+	s.send(http.StatusNotFound, http.MethodPost, "/v1/uploads/upload_none/cancel", "")
+}
+
+func (s *server) batches(t *testing.T) {
+	batch := func(lines ...string) answer {
+		t.Helper()
+		file := s.form(http.StatusOK, "/v1/files", "purpose", "batch", "file", "@batch.jsonl:"+strings.Join(lines, "\n")).id(t)
+		made := s.send(http.StatusOK, http.MethodPost, "/v1/batches", `{"input_file_id":"`+file+`","endpoint":"/v1/chat/completions","completion_window":"24h","metadata":{"a":"b"}}`)
+		return s.ended("/v1/batches/" + made.id(t))
+	}
+	line := func(id, model string) string {
+		return `{"custom_id":"` + id + `","method":"POST","url":"/v1/chat/completions","body":{"model":"` + model + `","messages":[{"role":"user","content":"Hi."}],"max_tokens":2}}`
+	}
+	completed := batch(line("a", model), line("b", "none"))
+	if completed.get(t, "status") != "completed" {
+		t.Fatalf("batch %s", completed.body)
+	}
+	for _, key := range []string{"output_file_id", "error_file_id"} {
+		file := s.send(http.StatusOK, http.MethodGet, "/v1/files/"+completed.get(t, key).(string)+"/content", "")
+		var result struct {
+			Response struct {
+				Code int             `json:"status_code"`
+				Body json.RawMessage `json:"body"`
+			} `json:"response"`
+		}
+		if err := json.Unmarshal(file.body, &result); err != nil {
+			t.Fatalf("%s: %v: %s", key, err, file.body)
+		}
+		pointer := "/components/schemas/CreateChatCompletionResponse"
+		if result.Response.Code != http.StatusOK {
+			pointer = "/components/schemas/ErrorResponse"
+		}
+		if err := s.checker.documents[0].validate(pointer, result.Response.Body); err != nil {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+	if failed := batch(line("a", model), line("a", model), "{}"); failed.get(t, "status") != "failed" || failed.get(t, "errors", "data", "0", "message") == nil {
+		t.Errorf("a batch of bad lines: %s", failed.body)
+	}
+	s.send(http.StatusOK, http.MethodGet, "/v1/batches", "")
+	s.send(http.StatusOK, http.MethodGet, "/v1/batches?limit=1&after="+completed.id(t), "")
+	s.send(http.StatusNotFound, http.MethodGet, "/v1/batches/batch_none", "")
+	s.send(http.StatusBadRequest, http.MethodPost, "/v1/batches", `{"input_file_id":"file-none","endpoint":"/v1/nothing","completion_window":"24h"}`)
+
+	many := make([]string, 200)
+	for i := range many {
+		many[i] = line(fmt.Sprint(i), model)
+	}
+	file := s.form(http.StatusOK, "/v1/files", "purpose", "batch", "file", "@batch.jsonl:"+strings.Join(many, "\n")).id(t)
+	path := "/v1/batches/" + s.send(http.StatusOK, http.MethodPost, "/v1/batches", `{"input_file_id":"`+file+`","endpoint":"/v1/chat/completions","completion_window":"24h"}`).id(t)
+	s.send(http.StatusOK, http.MethodPost, path+"/cancel", "")
+	if got := s.ended(path).get(t, "status"); got != "cancelled" {
+		t.Errorf("a batch that was cancelled is %v", got)
+	}
 }
