@@ -8,6 +8,7 @@ hone=$(realpath "$1")
 command=$2
 
 home=$(mktemp -d)
+unset HONE_API_KEY # the server would ask its users for it
 export HONE_HOME=$home HONE_HOST=127.0.0.1
 HONE_PORT=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export HONE_PORT

@@ -164,4 +164,6 @@ func TestProfiles(t *testing.T) {
 			t.Errorf("%s: %d %.200s", path, status, body)
 		}
 	}
+	status, body := r.do(t, "GET", "/debug/pprof/none", "")
+	wantError(t, "no such profile", status, body, http.StatusNotFound, "", "not_found", "none")
 }

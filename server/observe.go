@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/pprof" // #nosec G108 -- its init adds to http.DefaultServeMux, which nothing serves
+	profiles "runtime/pprof"
 	"strings"
 	"time"
 
@@ -135,16 +136,20 @@ func (s *Server) ready(c *gin.Context) error {
 
 // profile answers GET /debug/pprof/ and the profiles below it, as go tool pprof asks for them.
 func (s *Server) profile(c *gin.Context) error {
-	switch c.Param("name") {
-	case "/cmdline":
+	switch name := strings.TrimPrefix(c.Param("name"), "/"); name {
+	case "cmdline":
 		pprof.Cmdline(c.Writer, c.Request)
-	case "/profile":
+	case "profile":
 		pprof.Profile(c.Writer, c.Request)
-	case "/symbol":
+	case "symbol":
 		pprof.Symbol(c.Writer, c.Request)
-	case "/trace":
+	case "trace":
 		pprof.Trace(c.Writer, c.Request)
 	default:
+		if name != "" && profiles.Lookup(name) == nil {
+			return &wire.Error{Status: http.StatusNotFound, Type: wire.ErrorTypeInvalidRequest, Code: new("not_found"),
+				Message: fmt.Sprintf("there is no profile %.40q; GET /debug/pprof/ lists them", name)}
+		}
 		pprof.Index(c.Writer, c.Request)
 	}
 	return nil

@@ -105,6 +105,19 @@ func TestKeys(t *testing.T) {
 	}
 }
 
+// TestListedKeyInTheEnvironment: it has the scopes of the list, not all.
+func TestListedKeyInTheEnvironment(t *testing.T) {
+	t.Parallel()
+	sum := sha256.Sum256([]byte("sk-hone-client"))
+	listed := configs.Key{Name: "client", SHA256: hex.EncodeToString(sum[:]), Scopes: []string{"infer"}}
+	if got := keys(&configs.Config{APIKey: "sk-hone-client", Keys: []configs.Key{listed}}); len(got) != 1 || got[0].Name != "client" || len(got[0].Scopes) != 1 {
+		t.Errorf("keys %+v", got)
+	}
+	if got := keys(&configs.Config{APIKey: "sk-hone-other", Keys: []configs.Key{listed}}); len(got) != 2 || got[1].Hash != sha256.Sum256([]byte("sk-hone-other")) {
+		t.Errorf("keys %+v", got)
+	}
+}
+
 func get(t *testing.T, client *http.Client, url, key string) (int, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
