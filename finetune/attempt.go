@@ -41,7 +41,11 @@ func (j *Jobs) dispatch(ctx context.Context) {
 			}
 		case ctx.Err() == nil:
 			j.opts.Logger.Error("claim a job", "error", err)
-			sleep(ctx, j.opts.RetryDelay)
+			wait := j.opts.RetryDelay
+			if durable.DiskFull(err) {
+				wait *= 5
+			}
+			sleep(ctx, wait)
 		}
 	}
 }
@@ -50,6 +54,12 @@ func (j *Jobs) dispatch(ctx context.Context) {
 func (j *Jobs) claimed(row *store.Job) ([]store.Event, error) {
 	if err := j.move(Running)(row); err != nil {
 		return nil, err
+	}
+	j.mu.Lock()
+	unwritten := j.unwritten[row.ID]
+	j.mu.Unlock()
+	if unwritten != nil {
+		return []store.Event{message("warn", "Fine-tuning job interrupted: %v. It goes on now", unwritten)}, nil
 	}
 	if row.Attempt > 1 {
 		return nil, nil // the plan will say where it goes on
@@ -64,6 +74,9 @@ func (j *Jobs) run(ctx context.Context, row store.Job) {
 	ctx, working := j.begin(ctx, row.ID)
 	defer j.end(row.ID, working)
 	defer j.setAsideIfPaused(ctx, row)
+	j.mu.Lock()
+	delete(j.unwritten, row.ID) // the claim has said it
+	j.mu.Unlock()
 	// A cancellation or a pause before begin found nobody to tell, so look once more.
 	now, err := j.opts.Store.Job(context.WithoutCancel(ctx), row.ID)
 	if err == nil && now.Attempt == row.Attempt && Status(now.Status) == Running && now.Paused != "" {
@@ -171,8 +184,12 @@ func (j *Jobs) lost(ctx context.Context, id string) {
 }
 
 // writeFailed is for state that did not reach the disk. The row still says that the job is running, so it will be claimed and
-// go on from its resume state, again and again until there is room on the disk.
+// go on from its resume state, again and again until there is room on the disk; the first claim that succeeds says why it
+// was interrupted.
 func (j *Jobs) writeFailed(ctx context.Context, row store.Job, err error) {
+	j.mu.Lock()
+	j.unwritten[row.ID] = err
+	j.mu.Unlock()
 	j.opts.Logger.Error("write the state of a job; it will be tried again", "job_id", row.ID, "attempt", row.Attempt, "error", err)
 	sleep(ctx, 5*j.opts.RetryDelay)
 }

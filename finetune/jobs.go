@@ -101,6 +101,8 @@ type Jobs struct {
 	stopped bool
 	done    sync.WaitGroup
 	live    map[string]*run // by job id: what works on a job now
+	// unwritten is why the state of a job could not be written, until it can.
+	unwritten map[string]error
 
 	dryRuns chan struct{} // holds a token while one runs
 }
@@ -134,7 +136,7 @@ func New(opts Options) *Jobs {
 		opts.FreeBytes = durable.FreeBytes
 	}
 	return &Jobs{
-		opts: opts, queue: opts.Store, owner: store.NewID("", 16), live: map[string]*run{},
+		opts: opts, queue: opts.Store, owner: store.NewID("", 16), live: map[string]*run{}, unwritten: map[string]error{},
 		wakeDispatch: make(chan struct{}, 1), wakeValidate: make(chan struct{}, 1), hard: make(chan struct{}), dryRuns: make(chan struct{}, 1),
 	}
 }
@@ -446,8 +448,11 @@ func (j *Jobs) job(row store.Job) (*Job, error) {
 		job.Error = &JobError{Code: row.ErrorCode, Message: row.ErrorMessage, Param: row.ErrorParam}
 	}
 	j.mu.Lock()
-	working := j.live[row.ID]
+	working, unwritten := j.live[row.ID], j.unwritten[row.ID]
 	j.mu.Unlock()
+	if durable.DiskFull(unwritten) && !job.Status.Final() && job.Paused == "" {
+		job.Paused = PausedForSpace // which the row cannot say
+	}
 	if job.Status == Running && working != nil {
 		working.mu.Lock()
 		p, at := working.progress, working.at

@@ -157,18 +157,21 @@ func (j *Jobs) setAside(ctx context.Context, claimed store.Job, reason string, c
 			return
 		}
 		var space *spaceError
-		if !errors.As(cause, &space) || space.need == 0 {
-			need = max(need, free+leastSpace) // it was not enough: wait until there is more
+		if errors.As(cause, &space) && space.need > 0 {
+			need = space.need
+		} else if need = j.needs(row); need < free+leastSpace { // it was not enough: wait until there is more
+			need = free + leastSpace
+			row.DiskBytes = need + min(j.stateBytes(row), need) // of which needs will leave need
 		}
 		event = message("warn", "Fine-tuning job paused: %v. It goes on by itself from step %d when %s are free (now %s), or when it is resumed",
 			cause, row.SavedStep, size(need), size(free))
 	}
-	move := j.move(Queued)
+	move, diskBytes := j.move(Queued), row.DiskBytes
 	_, err = j.opts.Store.UpdateJob(last, store.JobUpdate{
 		ID: claimed.ID, Attempt: claimed.Attempt, Events: []store.Event{event},
 		Change: func(row *store.Job) error {
 			if reason == PausedForSpace {
-				row.DiskBytes = need
+				row.DiskBytes = diskBytes
 				if row.Paused == "" { // else somebody wants it to wait whatever room there is
 					row.Paused = reason
 				}
@@ -215,10 +218,30 @@ func (j *Jobs) checkSpace(row store.Job) error {
 	if err != nil {
 		return fmt.Errorf("free space of %s: %w", j.opts.Dir, err)
 	}
-	if need := max(row.DiskBytes, leastSpace); free < need {
+	if need := j.needs(row); free < need {
 		return &spaceError{need: need, free: free}
 	}
 	return nil
+}
+
+// needs is the free space without which no attempt at a job starts. Resume states that it has count as half of what its plan
+// needs: the next attempt removes them when it has written one.
+func (j *Jobs) needs(row store.Job) int64 {
+	return max(row.DiskBytes-min(j.stateBytes(row), row.DiskBytes/2), leastSpace)
+}
+
+// stateBytes is what the resume states of a job take.
+func (j *Jobs) stateBytes(row store.Job) (has int64) {
+	states, err := filepath.Glob(filepath.Join(j.dir(row.ID), "a*", "state-*", "*"))
+	if err != nil {
+		j.opts.Logger.Error("look for resume states", "job_id", row.ID, "error", err)
+	}
+	for _, path := range states {
+		if info, err := os.Stat(path); err == nil {
+			has += info.Size()
+		}
+	}
+	return has
 }
 
 // resumeForSpace lets the oldest job that waits for room on the disk run again if there is room. It reports whether there is one.

@@ -90,9 +90,24 @@ func (t *trainer) save() error {
 	return t.emit(child.TrainerEvent{Type: child.EventSaved, Step: t.step})
 }
 
-// save writes a resume state into dir and removes all but the newest two there. Nothing is published before it is on
-// the disk whole.
+// save writes a resume state into dir and removes all but the newest two there, or, where the disk has no room for three, all
+// but the newest before. Nothing is published before it is on the disk whole.
 func (s resumeState) save(dir string, parameters []float32, m moments) error {
+	err := s.write(dir, parameters, m)
+	if durable.DiskFull(err) {
+		if err := removeStates(dir, 1); err != nil {
+			return err
+		}
+		err = s.write(dir, parameters, m)
+	}
+	if err != nil {
+		return err
+	}
+	return removeStates(dir, keptStates)
+}
+
+// write is save without removing anything.
+func (s resumeState) write(dir string, parameters []float32, m moments) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("resume state: %w", err)
 	}
@@ -138,7 +153,7 @@ func (s resumeState) save(dir string, parameters []float32, m moments) error {
 	if err := durable.SyncDir(dir); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
-	return removeStates(dir, keptStates)
+	return nil
 }
 
 // removeStates removes all but the newest resume states of a directory, and what attempts that were killed left of one or of a
