@@ -55,7 +55,7 @@ var operations = []operation{
 	{method: "GET", path: "/health", id: "health", summary: "That the server is there, and how it stands with its models", answer: healthAnswer{}},
 	{method: "GET", path: "/ready", id: "ready", summary: "Whether the default model can answer, or has to be waited for", answer: readyAnswer{}},
 	{method: "GET", path: "/metrics", id: "metrics", summary: "Numbers for Prometheus, in its text format", media: "text/plain"},
-	{method: "GET", path: "/debug/pprof/*name", id: "profile", summary: "Profiles of the server, for go tool pprof", media: "application/octet-stream"},
+	{method: "GET", path: "/debug/pprof/*name", id: "profile", summary: "Profiles of the server, for go tool pprof", media: "*/*"},
 	{method: "GET", path: "/openapi.json", id: "openapi", summary: "This document", answer: map[string]any{}},
 	{method: "POST", path: "/v1/chat/completions", id: "createChatCompletion", summary: "Answer a conversation",
 		request: wire.ChatCompletionRequest{}, answer: wire.ChatCompletion{}, stream: wire.ChatCompletionChunk{}},
