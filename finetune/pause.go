@@ -145,7 +145,7 @@ func (j *Jobs) setAside(ctx context.Context, claimed store.Job, reason string, c
 		j.writeFailed(ctx, claimed, err)
 		return
 	}
-	event, need := pausedAt(row), row.DiskBytes
+	event := pausedAt(row)
 	if reason == PausedForSpace {
 		// What the attempt has begun to export is of no use, and takes room.
 		if err := os.RemoveAll(filepath.Join(j.dir(row.ID), fmt.Sprintf("a%d", claimed.Attempt), "adapter")); err != nil {
@@ -156,10 +156,11 @@ func (j *Jobs) setAside(ctx context.Context, claimed store.Job, reason string, c
 			j.writeFailed(ctx, claimed, err)
 			return
 		}
+		need := j.needs(row)
 		var space *spaceError
 		if errors.As(cause, &space) && space.need > 0 {
 			need = space.need
-		} else if need = j.needs(row); need < free+leastSpace { // it was not enough: wait until there is more
+		} else if need < free+leastSpace { // it was not enough: wait until there is more
 			need = free + leastSpace
 			row.DiskBytes = need + min(j.stateBytes(row), need) // of which needs will leave need
 		}
