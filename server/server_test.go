@@ -279,7 +279,7 @@ type rig struct {
 	dir      string
 }
 
-func newRig(t *testing.T, change ...func(*Options)) *rig {
+func newRig(t testing.TB, change ...func(*Options)) *rig {
 	t.Helper()
 	dir := t.TempDir()
 	st, err := store.Open(t.Context(), dir, store.Options{})

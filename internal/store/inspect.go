@@ -186,7 +186,7 @@ func (i *Inspection) Database(ctx context.Context) ([]Finding, error) {
 	}
 	var version int
 	if err := i.db.QueryRowContext(ctx, `SELECT max(version_id) FROM goose_db_version WHERE is_applied`).Scan(&version); err != nil {
-		return damaged("its schema has no version: " + err.Error()), nil
+		return damaged("its schema has no version: " + err.Error()), nil //nolint:nilerr // damage is a finding
 	}
 	newest, err := newestMigration()
 	if err != nil {
@@ -241,7 +241,7 @@ func (i *Inspection) Blobs(ctx context.Context) ([]Finding, error) {
 		switch want, err := blobPath(digest); {
 		case err != nil || want != name:
 			findings = append(findings, Finding{What: name, Problem: "it has not the name of a blob", Remedy: "move it away: no hone has put it there"})
-			return nil
+			return nil //nolint:nilerr // it is a finding
 		case len(rows) == 0 && len(named) > 0:
 			findings = append(findings, Finding{
 				What: name, Problem: "no row names it", Leftover: true, Remedy: "removes it",
@@ -431,7 +431,7 @@ func (i *Inspection) copyRows(ctx context.Context, to *sql.DB) error {
 
 // copyTable copies rows until one cannot be read. An error is one of writing.
 func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order string) error {
-	rows, err := from.QueryContext(ctx, `SELECT * FROM `+table+order)
+	rows, err := from.QueryContext(ctx, `SELECT * FROM `+table+order) //nolint:rowserrcheck // what cannot be read is left behind
 	if err != nil {
 		return context.Cause(ctx)
 	}
