@@ -180,6 +180,10 @@ func Load(src Sources) (Config, error) {
 	if err := v.BindEnv("data_dir", "HONE_HOME", "HONE_DATA_DIR"); err != nil {
 		return Config{}, fmt.Errorf("bind HONE_HOME: %w", err)
 	}
+	// Viper takes an empty variable for one that is not there. For this key it means something: none.
+	if name, ok := os.LookupEnv("HONE_DEFAULT_MODEL"); ok && name == "" {
+		v.Set("default_model", "")
+	}
 	for key, value := range src.Flags {
 		v.Set(key, value)
 	}

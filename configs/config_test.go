@@ -182,3 +182,13 @@ func write(t *testing.T, path, text string) {
 		t.Fatal(err)
 	}
 }
+
+// An empty default model is a setting, in the environment too.
+func TestNoDefaultModel(t *testing.T) {
+	t.Setenv("HONE_HOME", t.TempDir())
+	t.Setenv("HONE_DEFAULT_MODEL", "")
+	cfg, err := Load(Sources{})
+	if err != nil || cfg.DefaultModel != "" {
+		t.Errorf("default model %q, error %v", cfg.DefaultModel, err)
+	}
+}
