@@ -3,12 +3,10 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -122,7 +120,7 @@ const batchAddress = "addr:" + batchClient
 // inner answers requests of batches: they were let in when the batch was created, and nothing of them waits at the door.
 func (s *Server) inner() *gin.Engine {
 	e := gin.New()
-	e.Use(func(c *gin.Context) { c.Header(requestIDHeader, "req_"+strings.ToLower(rand.Text())) })
+	e.Use(func(c *gin.Context) { c.Header(requestIDHeader, newRequestID()) })
 	e.POST("/v1/chat/completions", s.handle(s.chatCompletion))
 	e.POST("/v1/completions", s.handle(s.completion))
 	e.POST("/v1/embeddings", s.handle(s.embeddings))

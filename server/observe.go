@@ -1,7 +1,6 @@
 package server
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -34,8 +33,10 @@ func requestID(r *http.Request) string {
 	}) {
 		return id
 	}
-	return "req_" + strings.ToLower(rand.Text())
+	return newRequestID()
 }
+
+func newRequestID() string { return newID("req_") }
 
 // observe names the request, counts it, and logs one that succeeded: handle logs the others, with their errors. Looking at
 // things is logged as debug, since clients that wait do it every second.

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -63,7 +64,7 @@ func (o *Options) dataDirectory() (Check, holder) {
 		err = errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 	}
 	switch {
-	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+	case durable.DiskFull(err):
 		return bad(err, "free space there, or name another directory with HONE_HOME or --data-dir")
 	case err != nil:
 		return bad(err, other)

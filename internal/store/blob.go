@@ -12,7 +12,8 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
-	"syscall"
+
+	"github.com/hone-llm/hone/internal/durable"
 )
 
 const (
@@ -67,12 +68,11 @@ func (e *SpaceError) Error() string {
 
 // CheckSpace returns a *SpaceError if so many bytes more would not fit into the data directory.
 func (s *Store) CheckSpace(bytes int64) error {
-	var stat syscall.Statfs_t
-	if err := syscall.Statfs(s.dir, &stat); err != nil {
+	free, err := durable.FreeBytes(s.dir)
+	if err != nil {
 		return fmt.Errorf("free space of %s: %w", s.dir, err)
 	}
-	free := max(int64(stat.Bavail)*stat.Bsize-reservedBytes, 0) //nolint:gosec // file systems are smaller than 2^63 bytes
-	if bytes > free {
+	if free = max(free-reservedBytes, 0); bytes > free {
 		return &SpaceError{Dir: s.dir, Need: bytes, Free: free}
 	}
 	return nil
