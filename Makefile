@@ -108,6 +108,11 @@ race: ## tests of serve's half under the race detector
 test-peft: build model $(python) ## an exported adapter in PEFT gives the logits that the engine gives (installs PyTorch)
 	@$(engine); HONE_PYTHON=$(CURDIR)/$(python) go test -tags peft -run PEFT -count 1 -v ./internal/train/...
 
+# FAULTS has flags of the suite: FAULTS="-kills 200" for the published table, FAULTS="-run Kill -v", FAULTS="-seed 42".
+.PHONY: test-faults
+test-faults: build model ## inject faults into the real binary and write docs/faults.md
+	@CGO_ENABLED=0 go test -tags faults -count 1 -timeout 90m ./internal/faults -hone $(CURDIR)/bin/hone -report $(CURDIR)/docs/faults.md $(FAULTS)
+
 clients := $(cache)/clients-$(shell cat scripts/sdk/requirements.txt scripts/sdk/package.json | sha256sum | cut -c1-16)
 .PHONY: test-clients
 test-clients: build model $(clients)/ready ## curl, OpenAI's SDKs for Python, Node and Go, and go-openai against a running server
