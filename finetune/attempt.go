@@ -391,12 +391,13 @@ func (j *Jobs) config(ctx context.Context, row store.Job) (child.TrainerConfig, 
 	return config, os.MkdirAll(config.Dir, 0o700)
 }
 
+// filePath is the path of a file's content. A file whose content was lost ends the job.
 func (j *Jobs) filePath(ctx context.Context, id string) (string, error) {
-	file, err := j.opts.Store.File(ctx, id)
-	if err != nil {
-		return "", err
+	path, err := j.opts.Store.FilePath(ctx, id)
+	if lost := new(store.ContentError); errors.As(err, &lost) {
+		return "", &JobError{Code: "file_damaged", Message: lost.Error()}
 	}
-	return j.opts.Store.BlobPath(file.SHA256)
+	return path, err
 }
 
 // apply takes one event of the trainer into the row, which it keeps up to date. It returns errDone, *JobError or *spaceError for the

@@ -56,6 +56,7 @@ var errorKinds = []struct {
 	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", "", 0},
 	{as[*finetune.ConflictError], http.StatusConflict, "conflict", "", 0},
 	{as[*batch.ConflictError], http.StatusConflict, "conflict", "", 0},
+	{as[*store.ContentError], http.StatusInternalServerError, "file_damaged", "", 0},
 	{as[*store.SpaceError], http.StatusInsufficientStorage, "insufficient_storage", "", 0},
 	{is(syscall.ENOSPC), http.StatusInsufficientStorage, "insufficient_storage", "the disk of the data directory is full: free some space, or delete files, jobs or models that are not needed", 0},
 	{is(syscall.EDQUOT), http.StatusInsufficientStorage, "insufficient_storage", "the quota of the data directory's disk is used up: delete files, jobs or models that are not needed", 0},

@@ -363,8 +363,12 @@ func (s *Server) deleteFile(c *gin.Context) error {
 }
 
 func fileToWire(f store.File) wire.File {
-	return wire.File{
+	file := wire.File{
 		ID: f.ID, Object: "file", Bytes: f.Bytes, CreatedAt: f.CreatedAt, ExpiresAt: unlessZero(f.ExpiresAt),
 		Filename: f.Filename, Purpose: f.Purpose, Status: "processed",
 	}
+	if f.Damage != "" {
+		file.Status, file.StatusDetails = "error", &f.Damage
+	}
+	return file
 }

@@ -118,6 +118,7 @@ func (s *Store) publish(b Staged) error {
 	if err := s.root.Rename(b.temp, name); err != nil {
 		return fmt.Errorf("publish blob: %w", err)
 	}
+	s.damaged.Delete(b.digest)
 	if err := s.syncDir(dir); err != nil {
 		return err
 	}
@@ -173,9 +174,8 @@ func (s *Store) sweep(ctx context.Context) error {
 		}
 		s.logger.Info("removed an unfinished upload", "file", temp.Name())
 	}
-	// A lost database must not take the blobs with it.
 	known, err := s.knownBlobs(ctx)
-	if err != nil || len(known) == 0 {
+	if err != nil {
 		return err
 	}
 	return fs.WalkDir(s.root.FS(), blobDir, func(name string, entry fs.DirEntry, err error) error {
@@ -193,19 +193,91 @@ func (s *Store) sweep(ctx context.Context) error {
 	})
 }
 
-// knownBlobs are the digests that rows name.
+// knownBlobs are the digests that rows name. It looks for the blob of each and notes those that are not as they should be.
 func (s *Store) knownBlobs(ctx context.Context) (map[string]bool, error) {
-	rows, err := s.reader.QueryContext(ctx, `SELECT sha256 FROM files UNION SELECT sha256 FROM upload_parts`)
+	rows, err := s.reader.QueryContext(ctx, `SELECT id, bytes, sha256 FROM files UNION ALL SELECT id, bytes, sha256 FROM upload_parts`)
 	if err != nil {
 		return nil, err
 	}
-	digests, err := collect(rows, scanString)
-	known := make(map[string]bool, len(digests))
-	for _, digest := range digests {
-		known[digest] = true
+	files, err := collect(rows, func(row interface{ Scan(...any) error }) (f File, err error) {
+		err = row.Scan(&f.ID, &f.Bytes, &f.SHA256)
+		return f, err
+	})
+	known := make(map[string]bool, len(files))
+	for _, file := range files {
+		known[file.SHA256] = true
+		content, err := s.openContent(file)
+		if err == nil {
+			err = content.Close()
+		}
+		if err != nil {
+			s.logger.Error("a file cannot be used", "file_id", file.ID, "sha256", file.SHA256, "error", err)
+		}
 	}
 	return known, err
 }
+
+// ContentError says that the content of a file is not as it was stored.
+type ContentError struct {
+	FileID  string
+	Problem string // missing, or has 3 bytes and not 5
+}
+
+func (e *ContentError) Error() string {
+	return fmt.Sprintf("the content of file %s %s: somebody or something has changed the data directory; upload the same content again, which mends it, or delete the file", e.FileID, e.Problem)
+}
+
+// openContent opens the content of a file. It returns *ContentError if that is missing or has another length, and notes that.
+func (s *Store) openContent(file File) (*os.File, error) {
+	content, err := s.OpenBlob(file.SHA256)
+	damage := &ContentError{FileID: file.ID, Problem: "is missing"}
+	if err == nil {
+		info, statErr := content.Stat()
+		if statErr == nil && info.Size() == file.Bytes {
+			s.damaged.Delete(file.SHA256)
+			return content, nil
+		}
+		if err = errors.Join(statErr, content.Close()); err == nil {
+			damage.Problem = fmt.Sprintf("has %d bytes and not %d", info.Size(), file.Bytes)
+			err = damage
+		}
+	} else if errors.Is(err, fs.ErrNotExist) {
+		err = damage
+	}
+	if errors.Is(err, damage) {
+		s.damaged.Store(file.SHA256, damage.Problem)
+	}
+	return nil, err
+}
+
+// keepLost moves blobs, and the log of a database, that an absent database leaves behind into LostDir, before a new one would
+// call them garbage.
+func (s *Store) keepLost() error {
+	if info, err := s.root.Stat(DatabaseFile); err == nil && info.Size() > 0 {
+		return nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, name := range []string{blobDir, DatabaseFile + "-wal"} {
+		if info, err := s.root.Stat(name); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() && info.Size() == 0 {
+			continue
+		} else if err != nil {
+			return err
+		}
+		if info, err := fs.ReadDir(s.root.FS(), name); err == nil && len(info) == 0 {
+			continue
+		}
+		to, err := lose(s.dir, name, lostBlobs)
+		if err != nil {
+			return err
+		}
+		s.logger.Error("the database was lost: what it had is kept", "database", filepath.Join(s.dir, DatabaseFile), "was", name, "kept", to)
+	}
+	return nil
+}
+
+// lostBlobs begins the names in LostDir of what a lost database has left.
+const lostBlobs = "of-a-lost-database-"
 
 // dropBlobs removes those of the blobs that no row names. The caller holds s.blobs and has removed rows in a transaction that
 // is on disk.

@@ -19,6 +19,7 @@ type File struct {
 	Bytes     int64
 	SHA256    string // hex
 	ExpiresAt int64  // Unix seconds; 0: never
+	Damage    string // what is wrong with the content, as far as that was seen; "": nothing
 }
 
 // FileInUseError says that a file cannot be deleted because an unfinished job or batch reads it.
@@ -107,20 +108,39 @@ func (s *Store) File(ctx context.Context, id string) (File, error) {
 	if err != nil {
 		return File{}, fmt.Errorf("file %q: %w", id, err)
 	}
+	s.noteDamage(&file)
 	return file, nil
 }
 
-// OpenFile returns the file with this id and its content, which the caller closes.
+func (s *Store) noteDamage(file *File) {
+	if problem, ok := s.damaged.Load(file.SHA256); ok {
+		file.Damage = (&ContentError{FileID: file.ID, Problem: problem.(string)}).Error()
+	}
+}
+
+// OpenFile returns the file with this id and its content, which the caller closes. Errors are ErrNotFound and *ContentError.
 func (s *Store) OpenFile(ctx context.Context, id string) (File, io.ReadSeekCloser, error) {
 	file, err := s.File(ctx, id)
 	if err != nil {
 		return File{}, nil, err
 	}
-	content, err := s.OpenBlob(file.SHA256)
+	content, err := s.openContent(file)
 	if err != nil {
 		return File{}, nil, fmt.Errorf("content of file %q: %w", id, err)
 	}
 	return file, content, nil
+}
+
+// FilePath is the absolute path of the content of a file, for a child process to read. Errors are those of OpenFile.
+func (s *Store) FilePath(ctx context.Context, id string) (string, error) {
+	file, content, err := s.OpenFile(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	if err := content.Close(); err != nil {
+		return "", fmt.Errorf("content of file %q: %w", id, err)
+	}
+	return s.BlobPath(file.SHA256)
 }
 
 // FileQuery selects files of a listing.
@@ -158,6 +178,9 @@ func (s *Store) Files(ctx context.Context, q FileQuery) (files []File, more bool
 	files, err = collect(rows, scanFile)
 	if err != nil {
 		return nil, false, fmt.Errorf("list files: %w", err)
+	}
+	for i := range files {
+		s.noteDamage(&files[i])
 	}
 	files, more = cut(files, q.Limit)
 	return files, more, nil

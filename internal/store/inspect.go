@@ -41,6 +41,8 @@ type Inspection struct {
 	root *os.Root
 	lock *os.File
 	db   *sql.DB // reads
+
+	salvaged bool // the database is a new one, and may lack rows
 }
 
 // Inspect takes the data directory dir, which must have a database. It returns *InUseError while a server has it.
@@ -109,16 +111,23 @@ func (i *Inspection) Dir() string { return i.dir }
 
 // Lose moves the file or directory name, relative to the data directory, into LostDir. One that is not there is no error.
 func (i *Inspection) Lose(name string) error {
-	to := filepath.Join(i.dir, LostDir, NewID("", 6)+"-"+filepath.Base(name))
-	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
-		return err
+	_, err := lose(i.dir, name, "")
+	return err
+}
+
+// lose moves name in the data directory dir to LostDir, under a new name that begins with prefix, which it returns.
+func lose(dir, name, prefix string) (to string, err error) {
+	from, lost := filepath.Join(dir, filepath.FromSlash(name)), filepath.Join(dir, LostDir)
+	to = filepath.Join(lost, prefix+NewID("", 6)+"-"+filepath.Base(name))
+	if err := os.MkdirAll(lost, 0o700); err != nil {
+		return "", err
 	}
-	if err := os.Rename(filepath.Join(i.dir, filepath.FromSlash(name)), to); errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if err := os.Rename(from, to); errors.Is(err, fs.ErrNotExist) {
+		return "", nil
 	} else if err != nil {
-		return err
+		return "", err
 	}
-	return errors.Join(durable.SyncDir(filepath.Dir(to)), durable.SyncDir(i.dir), durable.SyncDir(filepath.Dir(filepath.Join(i.dir, filepath.FromSlash(name)))))
+	return to, errors.Join(durable.SyncDir(lost), durable.SyncDir(dir), durable.SyncDir(filepath.Dir(from)))
 }
 
 // Remove removes the file or directory name, relative to the data directory, with all that is in it.
@@ -242,7 +251,10 @@ func (i *Inspection) Blobs(ctx context.Context) ([]Finding, error) {
 		case err != nil || want != name:
 			findings = append(findings, Finding{What: name, Problem: "it has not the name of a blob", Remedy: "move it away: no hone has put it there"})
 			return nil //nolint:nilerr // it is a finding
-		case len(rows) == 0 && len(named) > 0:
+		case len(rows) == 0 && i.salvaged:
+			findings = append(findings, i.lost(nil, name, "no row names it; its row may have been in the part of the database that was damaged")...)
+			return nil
+		case len(rows) == 0:
 			findings = append(findings, Finding{
 				What: name, Problem: "no row names it", Leftover: true, Remedy: "removes it",
 				Repair: func(context.Context) error { return i.Remove(name) },
@@ -280,6 +292,16 @@ func (i *Inspection) Blobs(ctx context.Context) ([]Finding, error) {
 		if !there[digest] {
 			findings = append(findings, i.lost(rows, "", "its content is missing")...)
 		}
+	}
+	kept, err := fs.Glob(i.root.FS(), path.Join(LostDir, lostBlobs+"*"))
+	if err != nil {
+		return nil, fmt.Errorf("lost blobs: %w", err)
+	}
+	for _, name := range kept {
+		findings = append(findings, Finding{
+			What: name, Problem: "the database was lost, and this is what belonged to it: the contents of files are named by their sha256",
+			Remedy: "stop the server and bring the old database back, or upload from here what is still needed; then remove it",
+		})
 	}
 	temps, err := fs.ReadDir(i.root.FS(), tempDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -341,7 +363,7 @@ func (i *Inspection) lost(rows []content, blob, problem string) (findings []Find
 			},
 		})
 	}
-	if len(rows) == 0 { // the database was lost, and this may be the only copy of the content
+	if len(rows) == 0 { // this may be the only copy of the content
 		findings = append(findings, Finding{
 			What: blob, Problem: problem, Remedy: "moves it to " + LostDir,
 			Repair: func(context.Context) error { return i.Lose(blob) },
@@ -398,6 +420,7 @@ func (i *Inspection) salvage(ctx context.Context) error {
 	if err := os.Rename(filepath.Join(i.dir, temp), filepath.Join(i.dir, DatabaseFile)); err != nil {
 		return err
 	}
+	i.salvaged = true
 	return durable.SyncDir(i.dir)
 }
 

@@ -59,6 +59,8 @@ type Store struct {
 
 	// blobs orders putting a blob and its row against removing the last row and its blob.
 	blobs sync.Mutex
+	// damaged has what is wrong with the blob of a digest, as far as that was seen.
+	damaged sync.Map
 
 	closeOnce sync.Once
 	closeErr  error
@@ -93,6 +95,9 @@ func Open(ctx context.Context, dir string, opts Options) (_ *Store, err error) {
 	}
 	if err := s.root.MkdirAll(tempDir, 0o700); err != nil {
 		return nil, unusable(dir, err)
+	}
+	if err := s.keepLost(); err != nil {
+		return nil, fmt.Errorf("keep what a lost database has left in %s: %w", dir, err)
 	}
 	if err := s.openDatabase(ctx); err != nil {
 		if hasCode(err, sqliteCorrupt, sqliteNotADB) {

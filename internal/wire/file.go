@@ -9,7 +9,7 @@ type File struct {
 	ExpiresAt     *int64  `json:"expires_at,omitempty"`
 	Filename      string  `json:"filename"`
 	Purpose       string  `json:"purpose"`
-	Status        string  `json:"status"` // processed: OpenAI's clients wait for it
+	Status        string  `json:"status"` // processed, which OpenAI's clients wait for; error if the content was lost
 	StatusDetails *string `json:"status_details,omitempty"`
 }
 
