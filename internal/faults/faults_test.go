@@ -93,6 +93,7 @@ func prove(t *testing.T, id, fault, promise string) *proof {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.failed = t.Failed()
+		t.Logf("%s: %s", id, p.result)
 		if p.result == "" && !t.Failed() {
 			t.Errorf("%s says nothing of its result", id)
 		}
@@ -414,13 +415,26 @@ func (s *server) upload(t *testing.T, name, content string) string {
 }
 
 func (s *server) tryUpload(ctx context.Context, name string, content io.Reader) (id string, err error) {
+	return s.postForm(ctx, "/v1/files", map[string]string{"purpose": "fine-tune"}, "file", name, content)
+}
+
+// uploadPart sends a part of an upload.
+func (s *server) uploadPart(ctx context.Context, upload, content string) (id string, err error) {
+	return s.postForm(ctx, "/v1/uploads/"+upload+"/parts", nil, "data", "part", strings.NewReader(content))
+}
+
+// postForm sends a form whose last field is a file, and returns the id of what that made.
+func (s *server) postForm(ctx context.Context, path string, fields map[string]string, fileField, name string, content io.Reader) (id string, err error) {
 	pipe, to := io.Pipe()
 	form := multipart.NewWriter(to)
 	go func() {
-		err := form.WriteField("purpose", "fine-tune")
+		var err error
+		for key, value := range fields {
+			err = errors.Join(err, form.WriteField(key, value))
+		}
 		if err == nil {
 			var part io.Writer
-			if part, err = form.CreateFormFile("file", name); err == nil {
+			if part, err = form.CreateFormFile(fileField, name); err == nil {
 				_, err = io.Copy(part, content)
 			}
 		}
@@ -429,7 +443,7 @@ func (s *server) tryUpload(ctx context.Context, name string, content io.Reader) 
 		}
 		to.CloseWithError(err)
 	}()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url+"/v1/files", pipe)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url+path, pipe)
 	if err != nil {
 		return "", err
 	}
@@ -446,9 +460,9 @@ func (s *server) tryUpload(ctx context.Context, name string, content io.Reader) 
 	if resp.StatusCode != http.StatusOK {
 		return "", fmt.Errorf("upload of %s: %s %s", name, resp.Status, data)
 	}
-	var file struct{ ID string }
-	err = json.Unmarshal(data, &file)
-	return file.ID, err
+	var made struct{ ID string }
+	err = json.Unmarshal(data, &made)
+	return made.ID, err
 }
 
 // rows are n lines of chat data, with text outside of ASCII and lines that end as on Windows.
