@@ -25,6 +25,7 @@ enum {
     HONE_GGML_LOG_LEVEL_WARN  = 3,
     HONE_GGML_LOG_LEVEL_ERROR = 4,
     HONE_GGML_LOG_LEVEL_CONT  = 5,
+    HONE_LLAMA_FLASH_ATTN_TYPE_AUTO     = -1,
     HONE_LLAMA_FLASH_ATTN_TYPE_DISABLED = 0,
     HONE_LLAMA_FLASH_ATTN_TYPE_ENABLED  = 1,
     HONE_LLAMA_POOLING_TYPE_NONE = 0,
@@ -140,6 +141,7 @@ int32_t  llama_memory_seq_pos_max(struct llama_memory_i * mem, int32_t seq_id);
 struct llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
 void     llama_batch_free(struct llama_batch batch);
 int32_t  llama_decode(struct llama_context * ctx, struct llama_batch batch);
+void     llama_synchronize(struct llama_context * ctx);
 float  * llama_get_logits_ith(struct llama_context * ctx, int32_t i);
 float  * llama_get_embeddings_ith(struct llama_context * ctx, int32_t i);
 void     llama_set_embeddings(struct llama_context * ctx, bool embeddings);

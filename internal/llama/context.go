@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/hone-llm/hone/internal/engine"
@@ -27,7 +28,7 @@ type ContextOptions struct {
 	// in the batch. As a matrix, they did (root mean square 0.15 to 0.56 on a Q4_1 model), and long batches of several
 	// sequences ran at half the speed.
 	Attention Attention
-	// CacheQ8 keeps keys and values as q8_0 instead of f16: half the memory; it needs AttentionFlash.
+	// CacheQ8 keeps keys and values as q8_0 instead of f16: half the memory; it needs flash attention.
 	CacheQ8 bool
 	// SeparateCaches gives each sequence Tokens/Sequences cells of its own. Then CopySequence cannot copy a part.
 	SeparateCaches bool
@@ -40,6 +41,7 @@ type Attention int
 const (
 	AttentionFlash Attention = iota // one fused operation, no score matrix (llama.cpp's flash attention)
 	AttentionPlain                  // scores as a matrix
+	AttentionAuto                   // AttentionFlash where the device that holds a layer can compute it, else AttentionPlain
 )
 
 // Context holds the key-value cache of up to Sequences sequences and decodes batches of their tokens. One goroutine at
@@ -58,6 +60,7 @@ type Context struct {
 	rows       map[int]bool // rows of the last Decode that have logits
 	adapter    *Adapter
 	scale      float32
+	submitted  time.Time // when the last Decode had nothing left to do but to wait for a GPU
 }
 
 // NewContext allocates a context (llama_init_from_model).
@@ -91,8 +94,12 @@ func NewContext(m *Model, o ContextOptions) (*Context, error) {
 	params.n_threads = C.int32_t(o.Threads)
 	params.n_threads_batch = C.int32_t(o.Threads)
 	params.flash_attn_type = C.HONE_LLAMA_FLASH_ATTN_TYPE_ENABLED
-	if o.Attention == AttentionPlain {
+	switch o.Attention {
+	case AttentionFlash:
+	case AttentionPlain:
 		params.flash_attn_type = C.HONE_LLAMA_FLASH_ATTN_TYPE_DISABLED
+	case AttentionAuto:
+		params.flash_attn_type = C.HONE_LLAMA_FLASH_ATTN_TYPE_AUTO
 	}
 	if o.CacheQ8 {
 		params.type_k, params.type_v = C.HONE_GGML_TYPE_Q8_0, C.HONE_GGML_TYPE_Q8_0
@@ -191,6 +198,9 @@ func (c *Context) Decode(b *Batch) error {
 	code := C.llama_decode(c.c, b.c)
 	switch {
 	case code == 0:
+		// A GPU may still be computing. Waiting for it here lets callers measure a batch, and costs nothing: its logits come next.
+		c.submitted = time.Now()
+		C.llama_synchronize(c.c)
 		for i := range b.Len() {
 			if b.logits[i] != 0 {
 				c.rows[i] = true

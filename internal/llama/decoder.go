@@ -1,9 +1,12 @@
 package llama
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
+	"time"
 
 	"github.com/hone-llm/hone/internal/engine"
 )
@@ -23,14 +26,18 @@ type Decoder struct {
 	held  [][]int32 // cells of each sequence, one a token
 	users []int32   // sequences that hold each cell
 	free  []int32   // cells that none holds
+
+	ended time.Time // the last Decode, for the log
 }
 
 var _ engine.Decoder = (*Decoder)(nil)
 
-// NewDecoder allocates a context and its batch. Options' MicroBatchTokens is BatchTokens: a batch is computed at once, so
-// that one without room leaves the cache as it was.
+// NewDecoder allocates a context and its batch. Options' MicroBatchTokens is BatchTokens unless it is given: a batch is
+// computed at once. With less, a GPU computes a part of a batch while the next one's mask and graph are made.
 func NewDecoder(m *Model, o ContextOptions) (*Decoder, error) {
-	o.MicroBatchTokens = o.BatchTokens
+	if o.MicroBatchTokens == 0 {
+		o.MicroBatchTokens = o.BatchTokens
+	}
 	context, err := NewContext(m, o)
 	if err != nil {
 		return nil, err
@@ -168,9 +175,11 @@ func (d *Decoder) Decode(parts []engine.Part) error {
 		return err
 	}
 	d.context.SetEmbeddings(states)
+	began := time.Now()
 	if err := d.context.Decode(d.batch); err != nil {
 		return err
 	}
+	d.log(len(parts), began)
 	for _, part := range parts {
 		for range part.Tokens {
 			cell := d.free[len(d.free)-1]
@@ -180,6 +189,26 @@ func (d *Decoder) Decode(parts []engine.Part) error {
 		}
 	}
 	return nil
+}
+
+// log writes what a batch cost at debug level: milliseconds until everything was handed to the devices, those that they
+// then took, and those since the batch before.
+func (d *Decoder) log(parts int, began time.Time) {
+	library.Lock()
+	logger := library.logger
+	library.Unlock()
+	now := time.Now()
+	if logger != nil && logger.Enabled(context.Background(), slog.LevelDebug) {
+		milliseconds := func(t time.Duration) float64 { return float64(t.Microseconds()) / 1000 }
+		between := time.Duration(0)
+		if !d.ended.IsZero() {
+			between = began.Sub(d.ended)
+		}
+		logger.Debug("batch", slog.Int("parts", parts), slog.Int("tokens", d.batch.Len()), slog.Int("cells", len(d.users)-len(d.free)),
+			slog.Float64("submit_ms", milliseconds(d.context.submitted.Sub(began))), slog.Float64("wait_ms", milliseconds(now.Sub(d.context.submitted))),
+			slog.Float64("between_ms", milliseconds(between)))
+	}
+	d.ended = now
 }
 
 // Output implements engine.Decoder.

@@ -132,3 +132,38 @@ func TestDecoderCountsCells(t *testing.T) {
 		t.Errorf("%d cells are free of an empty cache, want %d", got, cells)
 	}
 }
+
+// A batch that is computed in parts, with attention as the device can, has the logits of one that is computed at once.
+func TestDecoderMicroBatches(t *testing.T) {
+	m := loadModel(t, ModelOptions{})
+	tokens, err := m.Tokenize(text, false, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := []engine.Part{{Sequence: 0, Tokens: tokens, Want: engine.WantAll}, {Sequence: 1, Tokens: tokens[1:], Want: engine.WantLast}}
+	whole := newDecoder(t, m, ContextOptions{Tokens: 256, Sequences: 2, BatchTokens: 128})
+	divided := newDecoder(t, m, ContextOptions{Tokens: 256, Sequences: 2, BatchTokens: 128, MicroBatchTokens: 7, Attention: AttentionAuto})
+	for _, d := range []*Decoder{whole, divided} {
+		if err := d.Decode(parts); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range tokens {
+		if far(divided.Output(0, i), whole.Output(0, i)) {
+			t.Errorf("the logits of token %d differ", i)
+		}
+	}
+	if far(divided.Output(1, 0), whole.Output(1, 0)) {
+		t.Error("the logits of the second sequence differ")
+	}
+	if err := divided.Decode([]engine.Part{{Sequence: 0, Position: len(tokens), Tokens: make([]engine.Token, 128)}}); err != nil {
+		t.Fatal(err)
+	}
+	free := divided.FreeTokens()
+	if err := divided.Decode([]engine.Part{{Sequence: 1, Position: len(tokens) - 1, Tokens: make([]engine.Token, 128)}}); !errors.Is(err, engine.ErrNoRoom) {
+		t.Errorf("a batch without room: %v", err)
+	}
+	if divided.FreeTokens() != free {
+		t.Error("a batch without room took some")
+	}
+}

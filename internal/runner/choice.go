@@ -37,7 +37,7 @@ type choice struct {
 type spelled struct {
 	children []*spelled
 	token    engine.Token
-	logP     float64 // of token after the ones before, of the whole vocabulary
+	logP     float64 // of token after the ones before, of the whole vocabulary; at the root, up to the same term for all
 	end      float64 // of the end of the turn after it, if it counts
 	choices  []int   // that begin with the tokens up to here
 	whole    int     // the choice that ends here, -1 if none does
@@ -175,7 +175,10 @@ func (b *branch) read(q *sequence, outputs [][]float32) (finished bool, spawned 
 // score notes the log-probabilities of what can follow a node.
 func (c *choice) score(n *spelled, logits []float32) {
 	logits = c.bias.biased(logits)
-	norm := logSumExp(len(logits), func(i int) float64 { return float64(logits[i]) })
+	norm := 0.0
+	if n != c.root { // every choice has the root's, so it has no effect on their probabilities
+		norm = logSumExp(len(logits), func(i int) float64 { return float64(logits[i]) })
+	}
 	for _, next := range n.children {
 		next.logP = float64(logits[next.token]) - norm
 	}

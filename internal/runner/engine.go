@@ -120,9 +120,9 @@ func (r *Runner) ownDecoder(o Options) (engine.Decoder, error) {
 func sequenceNumbers(o Options) int { return max(2*o.Sequences, min(64, o.CacheTokens/128)) }
 
 func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder, error) {
-	model, batch := llama.ModelOptions{}, batchTokens
+	model, batch, micro := llama.ModelOptions{}, batchTokens, batchTokens
 	if gpu {
-		model.GPULayers, batch = llama.AllLayers, gpuBatchTokens
+		model.GPULayers, batch, micro = llama.AllLayers, gpuBatchTokens, gpuMicroBatchTokens
 	}
 	if gpu && o.GPUWeights == weightsBF16 {
 		copied, err := widened(r.base)
@@ -140,14 +140,14 @@ func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder,
 	r.model, r.engine = whole, engineLlama
 	attention := llama.AttentionFlash
 	if gpu {
-		attention = llama.AttentionPlain // make cuda leaves the flash kernels out, which take most of its build
+		attention = llama.AttentionAuto // make cuda leaves the flash kernels out unless it is told to build them
 	}
 	sequences := sequenceNumbers(o)
 	if whole.Recurrent() { // a state for each
 		sequences = 2 * o.Sequences
 	}
 	d, err := llama.NewDecoder(whole, llama.ContextOptions{
-		Tokens: o.CacheTokens, Sequences: sequences, BatchTokens: batch, MicroBatchTokens: batch, Threads: o.Threads, Attention: attention, CacheQ8: o.CacheType == "q8_0",
+		Tokens: o.CacheTokens, Sequences: sequences, BatchTokens: batch, MicroBatchTokens: micro, Threads: o.Threads, Attention: attention, CacheQ8: o.CacheType == "q8_0",
 	})
 	if err != nil {
 		return nil, fmt.Errorf("model %s: %w", path, err)
@@ -161,6 +161,10 @@ const batchTokens = 512
 
 // gpuBatchTokens is that of a GPU, which needs more to be busy: about 24 questions at once.
 const gpuBatchTokens = 2048
+
+// gpuMicroBatchTokens is the part of it that is computed at once. While a GPU computes one, the CPU prepares the next: its
+// mask has an element for each token and cell.
+const gpuMicroBatchTokens = 1024
 
 // checkAdapter reads the file of an adapter before an engine does.
 func (r *Runner) checkAdapter(path string) error {
