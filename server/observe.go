@@ -92,7 +92,7 @@ func (s *Server) health(c *gin.Context) error {
 }
 
 // ready answers GET /ready: 200 if the default model, or where there is none any model, can answer. It may have to be loaded
-// for that: an idle model leaves the memory.
+// for that: an idle model leaves the memory. A server that drains is not ready.
 func (s *Server) ready(c *gin.Context) error {
 	notReady := func(format string, args ...any) error {
 		message := "no model can answer now"
@@ -100,6 +100,10 @@ func (s *Server) ready(c *gin.Context) error {
 			message = fmt.Sprintf(format, args...)
 		}
 		return &wire.Error{Status: http.StatusServiceUnavailable, Type: wire.ErrorTypeServer, Code: new("not_ready"), Message: message, RetryAfter: stoppingRetry}
+	}
+	if s.drain.begun() {
+		return &wire.Error{Status: http.StatusServiceUnavailable, Type: wire.ErrorTypeServer, Code: new("shutting_down"),
+			Message: "draining: the server finishes the answers in progress and stops", RetryAfter: stoppingRetry}
 	}
 	ctx := c.Request.Context()
 	var names []string

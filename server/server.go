@@ -66,7 +66,8 @@ type Server struct {
 	batches   Batches
 
 	computing   atomic.Int64 // users' requests that models compute
-	batchEngine *gin.Engine  // of requests of batches
+	drain       drain
+	batchEngine *gin.Engine // of requests of batches
 
 	hosts        []string
 	anyHost      bool
@@ -108,7 +109,7 @@ func New(opts Options) *Server {
 	// arrives whole, escaped or not, and nothing is redirected.
 	s.engine.RedirectTrailingSlash = false
 	s.engine.HandleMethodNotAllowed = true
-	s.engine.Use(s.observe, s.handle(s.guard))
+	s.engine.Use(s.observe, s.handle(s.guard), s.admit)
 	s.route()
 	s.batchEngine = s.inner()
 	return s

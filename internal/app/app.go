@@ -66,6 +66,7 @@ type App struct {
 	batches     *batch.Batches
 	expiry      *expiry
 	listener    net.Listener
+	api         *server.Server
 	http        *http.Server
 	certificate *certificate            // nil: plain HTTP
 	requests    context.CancelCauseFunc // ends the contexts of all requests
@@ -146,7 +147,7 @@ func (a *App) Start(ctx context.Context) (err error) {
 		}
 	}
 	a.batches = batch.New(batch.Options{Store: a.state, Logger: a.opts.Logger})
-	api := server.New(server.Options{
+	a.api = server.New(server.Options{
 		Generator: a.runners, Models: bases, Adapters: a.registry, Jobs: a.jobs, Files: a.state, Batches: a.batches, Logger: a.opts.Logger,
 		AllowedHosts: append([]string{a.cfg.Host}, a.cfg.AllowedHosts...),
 		// Every request from elsewhere has a key, which a page that points its own name here does not know.
@@ -156,9 +157,9 @@ func (a *App) Start(ctx context.Context) (err error) {
 	})
 	a.expiry = newExpiry(a.state, a.opts.Logger) //nolint:contextcheck // it outlives the start, as requests do
 	if !a.opts.IdleJobs {
-		a.batches.Start(api)
+		a.batches.Start(a.api)
 	}
-	a.serve(api) //nolint:contextcheck // requests outlive the start
+	a.serve(a.api) //nolint:contextcheck // requests outlive the start
 	a.opts.Logger.Info("listening", "url", a.URL(), "data_dir", a.cfg.DataDir)
 	if !a.cfg.Loopback() && a.certificate == nil {
 		a.opts.Logger.Warn("other machines reach this one without TLS: keys and texts can be read on the way; set tls.cert_file and tls.key_file, or put a proxy with TLS before it")
@@ -281,6 +282,10 @@ func (a *App) Stop(ctx context.Context) error {
 
 func (a *App) stop(ctx context.Context) error {
 	var errs []error
+	answered := (<-chan struct{})(nil)
+	if a.api != nil {
+		answered = a.api.Drain()
+	}
 	jobs := make(chan error, 1)
 	go func() {
 		if a.jobs == nil {
@@ -293,11 +298,14 @@ func (a *App) stop(ctx context.Context) error {
 		a.batches.Stop() // their answers are the next server's
 	}
 	if a.http != nil {
-		a.drain(ctx)
+		a.drain(ctx, answered)
+	}
+	errs = append(errs, <-jobs)
+	if a.http != nil {
+		a.closeHTTP()
 	} else if a.listener != nil {
 		errs = append(errs, a.listener.Close())
 	}
-	errs = append(errs, <-jobs)
 	if a.runners != nil {
 		soft, cancel := context.WithTimeout(ctx, 2*time.Second) // there is nothing left for them to do
 		a.runners.Stop(soft)
@@ -315,19 +323,33 @@ func (a *App) stop(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// drain waits for the requests in progress, and ends those that take too long: their streams get an error.
-func (a *App) drain(ctx context.Context) {
+// lastWords is how long requests that are ended may take to write their error.
+const lastWords = time.Second
+
+// drain waits until the requests in progress are answered, and ends those that take too long: their streams get an error.
+// New ones are refused meanwhile, with a 503 that says so, which a closed port would not.
+func (a *App) drain(ctx context.Context, answered <-chan struct{}) {
 	grace, cancel := context.WithTimeout(ctx, a.cfg.ShutdownGrace)
 	defer cancel()
-	if a.http.Shutdown(grace) == nil {
-		a.requests(child.ErrStopping)
+	select {
+	case <-answered:
 		return
+	case <-grace.Done():
 	}
-	a.opts.Logger.Warn("requests in progress are ended", "after", a.cfg.ShutdownGrace)
+	a.opts.Logger.Warn("requests in progress are ended", "grace", a.cfg.ShutdownGrace)
 	a.requests(child.ErrStopping)
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second) // to write the error
+	select {
+	case <-answered:
+	case <-time.After(lastWords):
+	}
+}
+
+// closeHTTP closes the port and all connections, of which those that are still in use are of clients that do not read.
+func (a *App) closeHTTP() {
+	last, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
 	if err := a.http.Shutdown(last); err != nil {
-		_ = a.http.Close() // what is left are clients that do not read
+		_ = a.http.Close()
 	}
+	a.requests(child.ErrStopping)
 }
