@@ -36,6 +36,16 @@ func (e *BaseMismatchError) Error() string {
 		"bring the old model back, or train again", e.Adapter, e.BaseModel, e.Want, e.Got)
 }
 
+// DamagedError says that the files of an adapter are not as they were published.
+type DamagedError struct {
+	Adapter string // name
+	Problem string
+}
+
+func (e *DamagedError) Error() string {
+	return fmt.Sprintf("adapter %q cannot be served: %s; restore its files and start the server again, or delete the adapter and train again", e.Adapter, e.Problem)
+}
+
 // Adapter is a servable adapter.
 type Adapter struct {
 	lora.Manifest
@@ -125,10 +135,10 @@ func (r *Registry) load(ctx context.Context) error {
 			ID: row.ID, Name: row.Name, JobID: row.JobID, BaseModel: row.BaseModel, BaseDigest: row.BaseDigest, CreatedAt: row.CreatedAt,
 		}}}
 		if m, err := r.check(row.ID); err != nil {
-			e.broken = fmt.Errorf("adapter %q cannot be served: %w", row.Name, err)
+			e.broken = &DamagedError{Adapter: row.Name, Problem: err.Error()}
 			r.logger.Error("adapter cannot be served", "adapter", row.Name, "error", err)
 		} else if m.Name != row.Name {
-			e.broken = fmt.Errorf("adapter %q cannot be served: its manifest names it %q", row.Name, m.Name)
+			e.broken = &DamagedError{Adapter: row.Name, Problem: fmt.Sprintf("its manifest names it %q", m.Name)}
 			r.logger.Error("adapter cannot be served", "adapter", row.Name, "manifest_name", m.Name)
 		} else {
 			e.adapter.Manifest = m

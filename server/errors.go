@@ -52,6 +52,7 @@ var errorKinds = []struct {
 	{is(adapters.ErrNotFound), http.StatusNotFound, "model_not_found", "", 0},
 	{is(store.ErrNotFound), http.StatusNotFound, "not_found", "", 0},
 	{as[*adapters.BaseMismatchError], http.StatusConflict, "base_model_changed", "", 0},
+	{as[*adapters.DamagedError], http.StatusConflict, "adapter_damaged", "", 0},
 	{as[*store.FileInUseError], http.StatusConflict, "file_in_use", "", 0},
 	{as[*store.AdapterInUseError], http.StatusConflict, "model_in_use", "", 0},
 	{as[*finetune.ConflictError], http.StatusConflict, "conflict", "", 0},

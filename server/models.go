@@ -13,6 +13,7 @@ import (
 	"github.com/hone-llm/hone/adapters"
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/lora"
 	"github.com/hone-llm/hone/internal/wire"
 )
 
@@ -87,7 +88,8 @@ func (s *Server) resolve(ctx context.Context, name string) (*target, error) {
 		ref.Release() //nolint:contextcheck // what it may remove is removed whether or not the client is there
 		return nil, fmt.Errorf("look up the base of %q: %w", name, err)
 	}
-	return &target{base: model.Base, adapter: &child.Adapter{ID: ref.ID, Path: ref.GGUF()}, release: ref.Release}, nil
+	adapter := &child.Adapter{ID: ref.ID, Path: ref.GGUF(), SHA256: ref.Files[lora.GGUFFile]}
+	return &target{base: model.Base, adapter: adapter, release: ref.Release}, nil
 }
 
 // maxNamesShown keeps the message of an unknown model readable.

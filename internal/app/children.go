@@ -36,7 +36,7 @@ func (b baseModels) Get(_ context.Context, name string) (server.BaseModel, error
 		return server.BaseModel{}, fmt.Errorf("%w: %q", finetune.ErrUnknownModel, name)
 	}
 	if err != nil {
-		return server.BaseModel{}, err
+		return server.BaseModel{}, &child.Error{Code: child.CodeInvalidModel, Message: fmt.Sprintf("the base model %q cannot be used: %v", name, err)}
 	}
 	return baseModel(m), nil
 }

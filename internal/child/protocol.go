@@ -47,6 +47,8 @@ type RunnerEvent struct {
 type Adapter struct {
 	ID   string `json:"id"`   // cache key in the runner
 	Path string `json:"path"` // adapter.gguf
+	// SHA256 is that of the file, hex; another file is refused. "" takes any.
+	SHA256 string `json:"sha256,omitempty"`
 }
 
 // GenerateRequest asks the runner for N completions of one prompt. Exactly one of Messages, Prompt and PromptTokens is set.

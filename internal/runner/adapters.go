@@ -2,10 +2,12 @@ package runner
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 	"sync"
 
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/engine"
 )
 
@@ -13,6 +15,7 @@ import (
 // by its address; the base model's adapter is nil.
 type adapter struct {
 	id, path string
+	sha256   string // of the file; "": any
 
 	// Guarded by adapters.mu.
 	users   int            // requests
@@ -54,7 +57,7 @@ func (a *adapters) acquire(want child.Adapter) *adapter {
 		have = nil
 	}
 	if have == nil {
-		have = &adapter{id: want.ID, path: want.Path}
+		have = &adapter{id: want.ID, path: want.Path, sha256: want.SHA256}
 		a.byID[want.ID] = have
 	}
 	have.users++
@@ -80,7 +83,7 @@ func (a *adapters) hold(x *adapter) {
 	}
 	x.loading = true
 	a.loads.Go(func() {
-		loaded, err := a.load(x.path)
+		loaded, err := a.load(x.path, x.sha256)
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		x.loading, x.loaded = false, loaded
@@ -99,7 +102,17 @@ func (a *adapters) hold(x *adapter) {
 	})
 }
 
-func (a *adapters) load(path string) (engine.Adapter, error) {
+// load reads every byte first: a changed one may pass for a weight.
+func (a *adapters) load(path, sha256 string) (engine.Adapter, error) {
+	if sha256 != "" {
+		got, err := durable.Digest(path)
+		if err != nil {
+			return nil, err
+		}
+		if got != sha256 {
+			return nil, fmt.Errorf("%s is damaged: it has sha256 %.12s and not %.12s; restore it, or delete the adapter and train again", filepath.Base(path), got, sha256)
+		}
+	}
 	if err := a.check(path); err != nil {
 		return nil, err
 	}

@@ -346,7 +346,7 @@ func TestAdaptersComeAndGo(t *testing.T) {
 	best := time.Hour
 	for _, path := range paths {
 		began := time.Now()
-		a, err := r.scheduler.loaded.load(path)
+		a, err := r.scheduler.loaded.load(path, "")
 		if err != nil {
 			t.Fatal(err)
 		}

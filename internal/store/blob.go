@@ -174,7 +174,7 @@ func (s *Store) sweep(ctx context.Context) error {
 		}
 		s.logger.Info("removed an unfinished upload", "file", temp.Name())
 	}
-	known, err := s.knownBlobs(ctx)
+	known, damaged, err := s.knownBlobs(ctx)
 	if err != nil {
 		return err
 	}
@@ -188,22 +188,28 @@ func (s *Store) sweep(ctx context.Context) error {
 		if want, _ := blobPath(entry.Name()); want != name {
 			return nil // not ours
 		}
+		if damaged { // the row that is not as it should be may be this one's
+			to, err := lose(s.dir, name, "")
+			s.logger.Warn("kept a blob without a file, because there is a file without its blob", "sha256", entry.Name(), "kept", to)
+			return err
+		}
 		s.logger.Info("removed a blob without a file", "sha256", entry.Name())
 		return s.root.Remove(name)
 	})
 }
 
-// knownBlobs are the digests that rows name. It looks for the blob of each and notes those that are not as they should be.
-func (s *Store) knownBlobs(ctx context.Context) (map[string]bool, error) {
+// knownBlobs are the digests that rows name. It looks for the blob of each, and notes and reports those that are not as they
+// should be.
+func (s *Store) knownBlobs(ctx context.Context) (known map[string]bool, damaged bool, err error) {
 	rows, err := s.reader.QueryContext(ctx, `SELECT id, bytes, sha256 FROM files UNION ALL SELECT id, bytes, sha256 FROM upload_parts`)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	files, err := collect(rows, func(row interface{ Scan(...any) error }) (f File, err error) {
 		err = row.Scan(&f.ID, &f.Bytes, &f.SHA256)
 		return f, err
 	})
-	known := make(map[string]bool, len(files))
+	known = make(map[string]bool, len(files))
 	for _, file := range files {
 		known[file.SHA256] = true
 		content, err := s.openContent(file)
@@ -211,10 +217,11 @@ func (s *Store) knownBlobs(ctx context.Context) (map[string]bool, error) {
 			err = content.Close()
 		}
 		if err != nil {
+			damaged = true
 			s.logger.Error("a file cannot be used", "file_id", file.ID, "sha256", file.SHA256, "error", err)
 		}
 	}
-	return known, err
+	return known, damaged, err
 }
 
 // ContentError says that the content of a file is not as it was stored.

@@ -1,6 +1,9 @@
 package train
 
 import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,6 +46,9 @@ type resumeState struct {
 	Selection     selection       `json:"selection"`
 	Checkpoints   []checkpoint    `json:"checkpoints"`
 	StateSHA256   string          `json:"state_sha256"`
+	// SHA256 is that of state.json with "" here, as it is marshaled: a flipped bit in a number would go unseen otherwise. States of
+	// earlier versions have none.
+	SHA256 string `json:"sha256,omitempty"`
 
 	arrays map[string][]float32
 }
@@ -133,6 +139,9 @@ func (s resumeState) write(dir string, parameters []float32, m moments) error {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	s.Version = stateVersion
+	if s.SHA256, err = s.digest(); err != nil {
+		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
+	}
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
@@ -154,6 +163,17 @@ func (s resumeState) write(dir string, parameters []float32, m moments) error {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
 	return nil
+}
+
+// digest is what SHA256 is to be.
+func (s resumeState) digest() (string, error) {
+	s.SHA256 = ""
+	data, err := json.Marshal(s)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:]), nil
 }
 
 // removeStates removes all but the newest resume states of a directory, and what attempts that were killed left of one or of a
@@ -234,6 +254,9 @@ func readState(path string) (*resumeState, error) {
 	}
 	if s.Version != stateVersion {
 		return nil, fmt.Errorf("version %d is not %d", s.Version, stateVersion)
+	}
+	if own, err := s.digest(); err != nil || s.SHA256 != "" && own != s.SHA256 {
+		return nil, cmp.Or(err, fmt.Errorf("%s is damaged: its sha256 is not the recorded one", manifestFile))
 	}
 	digest, err := durable.Digest(filepath.Join(path, stateFile))
 	if err != nil {
