@@ -79,7 +79,7 @@ func (s *Server) answer(c *gin.Context, model string, o *order, newAnswer func(a
 	defer target.release()
 	for p := range o.requests {
 		req := &o.requests[p]
-		req.ID, req.Client, req.Adapter = partID(o.id, p), clientOf(c.Request), target.adapter
+		req.ID, req.Client, req.Background, req.Adapter = partID(o.id, p), clientOf(c.Request), ofBatch(c.Request), target.adapter
 	}
 	shape := newAnswer(answerHead{
 		id: o.id, model: model, fingerprint: target.fingerprint(), created: s.now().Unix(), usage: o.usage, choices: o.choices,

@@ -114,8 +114,8 @@ func batchToWire(b store.Batch) wire.Batch {
 // batchClient stands in place of an address for the requests of batches, which are one client of the fair queue.
 const batchClient = "batch"
 
-// batchAddress is what clientOf makes of it.
-const batchAddress = "addr:" + batchClient
+// ofBatch tells whether a request is one of a batch, which yields to those of users.
+func ofBatch(r *http.Request) bool { return r.RemoteAddr == batchClient }
 
 // inner answers requests of batches: they were let in when the batch was created, and nothing of them waits at the door.
 func (s *Server) inner() *gin.Engine {

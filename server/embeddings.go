@@ -31,7 +31,7 @@ func (s *Server) embeddings(c *gin.Context) error {
 	case format != "float" && format != "base64":
 		return invalid("encoding_format", "encoding_format is %.40q, expected float or base64", format)
 	}
-	embed := child.EmbedRequest{ID: newID("embd-"), Client: clientOf(c.Request), Inputs: make([]child.Input, len(req.Input))}
+	embed := child.EmbedRequest{ID: newID("embd-"), Client: clientOf(c.Request), Background: ofBatch(c.Request), Inputs: make([]child.Input, len(req.Input))}
 	for i, text := range req.Input {
 		path := pathOf("input", i)
 		if text.Tokens == nil && text.String == "" {

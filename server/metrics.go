@@ -117,7 +117,7 @@ func (g measured) Generate(ctx context.Context, base child.Base, req child.Gener
 	return func(yield func(child.GenerateEvent, error) bool) {
 		began, model := time.Now(), g.metrics.model(base.Name)
 		var first time.Time
-		timed := req.Client != batchAddress && !req.PromptOnly && !req.Echo
+		timed := !req.Background && !req.PromptOnly && !req.Echo
 		for event, err := range events {
 			if err == nil {
 				if timed && first.IsZero() {

@@ -96,12 +96,16 @@ func ended(working context.Context, err error) error {
 	return err
 }
 
-// quietPoll is how often a batch looks whether users' requests are done.
-const quietPoll = 20 * time.Millisecond
+// A batch looks every quietPoll whether users' requests are done. Where these never end, a request of it is asked all the same
+// after maxQuiet: the runner lets it go on a little beside them.
+const (
+	quietPoll = 20 * time.Millisecond
+	maxQuiet  = 10 * time.Second
+)
 
-// quiet waits until no model computes for a user. It reports false when ctx has ended.
+// quiet waits until no model computes for a user, or for maxQuiet. It reports false when ctx has ended.
 func (b *Batches) quiet(ctx context.Context) bool {
-	for ctx.Err() == nil && b.api.Busy() {
+	for began := time.Now(); ctx.Err() == nil && b.api.Busy() && time.Since(began) < maxQuiet; {
 		select {
 		case <-time.After(quietPoll):
 		case <-ctx.Done():

@@ -54,7 +54,8 @@ type Adapter struct {
 // GenerateRequest asks the runner for N completions of one prompt. Exactly one of Messages, Prompt and PromptTokens is set.
 type GenerateRequest struct {
 	ID           string         `json:"id"`
-	Client       string         `json:"client,omitempty"` // whose request it is, for fair queueing: a key's name, or "" for all others
+	Client       string         `json:"client,omitempty"`     // whose request it is, for fair queueing: a key's name, or "" for all others
+	Background   bool           `json:"background,omitempty"` // nobody waits for it: it yields to all that are not
 	Adapter      *Adapter       `json:"adapter,omitempty"`
 	Messages     []wire.Message `json:"messages,omitempty"`
 	Prompt       *string        `json:"prompt,omitempty"`        // plain completion: no template
@@ -151,10 +152,11 @@ const NoLogProb = 1
 
 // EmbedRequest is the body of POST /embed; the answer is EmbedResponse, or a GenerateEvent with Error.
 type EmbedRequest struct {
-	ID      string   `json:"id"`
-	Client  string   `json:"client,omitempty"`
-	Adapter *Adapter `json:"adapter,omitempty"`
-	Inputs  []Input  `json:"inputs"`
+	ID         string   `json:"id"`
+	Client     string   `json:"client,omitempty"`
+	Background bool     `json:"background,omitempty"`
+	Adapter    *Adapter `json:"adapter,omitempty"`
+	Inputs     []Input  `json:"inputs"`
 }
 
 // Input is a text or its token ids.

@@ -146,7 +146,7 @@ func NewRunners(opts RunnersOptions) *Runners {
 // model cannot answer now, and an *Error with CodeEndsEngine for a request with which the runner has ended again and again.
 func (r *Runners) Generate(ctx context.Context, base Base, req GenerateRequest) iter.Seq2[GenerateEvent, error] {
 	content := req
-	content.ID, content.Client = "", ""
+	content.ID, content.Client, content.Background = "", "", false
 	return func(yield func(GenerateEvent, error) bool) {
 		for try := 0; ; try++ {
 			use, err := r.begin(ctx, base, content)
@@ -183,7 +183,7 @@ func (u *use) generate(ctx context.Context, req GenerateRequest, mayTry bool, yi
 // Embed is Runner.Embed with the runner of base. Errors are those of Generate.
 func (r *Runners) Embed(ctx context.Context, base Base, req EmbedRequest) (EmbedResponse, error) {
 	content := req
-	content.ID, content.Client = "", ""
+	content.ID, content.Client, content.Background = "", "", false
 	return call(ctx, r, base, content, func(runner *Runner) (EmbedResponse, error) { return runner.Embed(ctx, req) })
 }
 

@@ -28,6 +28,7 @@ func (r *Runner) embed(ctx context.Context, req child.EmbedRequest) (response ch
 		return refuse("has %d texts, expected 1 to %d", len(req.Inputs), maxInputs)
 	}
 	request := newRequest(ctx, req.Client, nil, 0)
+	request.background = req.Background
 	sequences := make([]*sequence, 0, len(req.Inputs))
 	embeddings := make([]*embedding, 0, len(req.Inputs))
 	for i, input := range req.Inputs {

@@ -74,6 +74,7 @@ func (r *Runner) generate(ctx context.Context, req child.GenerateRequest, emit f
 	}
 	completions := max(req.N, 1)
 	request := newRequest(ctx, req.Client, nil, completions)
+	request.background = req.Background
 	if req.Adapter != nil {
 		request.adapter = r.scheduler.loaded.acquire(*req.Adapter)
 		defer r.scheduler.loaded.release(request.adapter)

@@ -13,6 +13,12 @@ const (
 	refreshSteps = 8
 	// firstChunk is taken while nothing has been measured yet.
 	firstChunk = 16
+	// backgroundSteps: while others are computed, the background is in one of so many batches, so that it goes on in any case.
+	backgroundSteps = 32
+	// recently is how long after a request that was not of the background another one is expected. Until then batches of the
+	// background alone have at most backgroundChunk tokens of prompts, because a request that comes waits for the one under way.
+	recently        = 10 * time.Second
+	backgroundChunk = 32
 	// paceWeight is the weight of the newest measurement in the running means.
 	paceWeight = 0.2
 )

@@ -78,36 +78,50 @@ func (c *clients) greediest(waiting *client) *client {
 }
 
 // turns yields waiting sequences in the order in which they may have a place: the next of the client served least, and
-// of that client the one that came first. Branches go before all: what they belong to has a place.
+// of that client the one that came first. The background comes after all others. Branches
+// go before all: what they belong to has a place.
 func turns(waiting []*sequence) func(yield func(*sequence) bool) {
 	return func(yield func(*sequence) bool) {
-		queues := map[*client][]*sequence{}
-		var order []*client
+		var foreground, background []*sequence
 		for _, q := range waiting {
-			if q.parent != nil {
+			switch {
+			case q.parent != nil:
 				if !yield(q) {
 					return
 				}
-				continue
+			case q.request.background:
+				background = append(background, q)
+			default:
+				foreground = append(foreground, q)
 			}
-			c := q.request.client
-			if queues[c] == nil {
-				order = append(order, c)
-			}
-			queues[c] = append(queues[c], q)
 		}
-		for len(order) > 0 {
-			// Again every time: who gets a place is charged for it.
-			c := slices.MinFunc(order, func(a, b *client) int {
-				return cmp.Or(cmp.Compare(a.served, b.served), cmp.Compare(queues[a][0].arrival, queues[b][0].arrival))
-			})
-			q := queues[c][0]
-			if queues[c] = queues[c][1:]; len(queues[c]) == 0 {
-				order = slices.DeleteFunc(order, func(o *client) bool { return o == c })
-			}
-			if !yield(q) {
-				return
-			}
+		_ = inTurn(foreground, yield) && inTurn(background, yield)
+	}
+}
+
+// inTurn yields sequences, the next of the client served least; false if yield was.
+func inTurn(waiting []*sequence, yield func(*sequence) bool) bool {
+	queues := map[*client][]*sequence{}
+	var order []*client
+	for _, q := range waiting {
+		c := q.request.client
+		if queues[c] == nil {
+			order = append(order, c)
+		}
+		queues[c] = append(queues[c], q)
+	}
+	for len(order) > 0 {
+		// Again every time: who gets a place is charged for it.
+		c := slices.MinFunc(order, func(a, b *client) int {
+			return cmp.Or(cmp.Compare(a.served, b.served), cmp.Compare(queues[a][0].arrival, queues[b][0].arrival))
+		})
+		q := queues[c][0]
+		if queues[c] = queues[c][1:]; len(queues[c]) == 0 {
+			order = slices.DeleteFunc(order, func(o *client) bool { return o == c })
+		}
+		if !yield(q) {
+			return false
 		}
 	}
+	return true
 }

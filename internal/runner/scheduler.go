@@ -29,7 +29,7 @@ var errNoToken = errors.New("the constraint allows no token of the model's vocab
 type scheduler struct {
 	decoder engine.Decoder
 	limits  engine.Limits
-	limit   int // running sequences, not counting branches
+	limit   int // running sequences, not counting branches and those of the background, which have half as many
 	rows    int // of logits in a batch where those of every token are wanted
 	slots   []*slot
 	cache   *radix
@@ -46,9 +46,10 @@ type scheduler struct {
 	turn    int                // steps since sequences of another adapter began to wait
 	served  map[*adapter]int64 // step of each adapter's last turn
 
-	step     int64
-	arrivals int64
-	counters Status
+	step       int64
+	arrivals   int64
+	foreground time.Time // when something was computed last that is not of the background
+	counters   Status
 
 	mu       sync.Mutex
 	incoming []*request
@@ -326,7 +327,12 @@ func (s *scheduler) rotate() {
 		s.turn = 0
 		return
 	}
-	if s.turn++; mine && s.turn <= turnSteps {
+	// The background has a single step while others wait.
+	steps := turnSteps
+	if !next.request.background && !slices.ContainsFunc(s.running, func(q *sequence) bool { return !q.request.background }) {
+		steps = 1
+	}
+	if s.turn++; mine && s.turn <= steps {
 		return
 	}
 	for len(s.running) > 0 {
@@ -350,16 +356,16 @@ func (s *scheduler) displace(q *sequence) {
 
 // admit gives places to waiting sequences.
 func (s *scheduler) admit() {
-	if len(s.waiting) == 0 || s.places() <= 0 && !s.clients.unserved() &&
-		!slices.ContainsFunc(s.waiting, func(q *sequence) bool { return q.parent != nil }) {
+	if len(s.waiting) == 0 || s.places(false) <= 0 && !s.clients.unserved() &&
+		!slices.ContainsFunc(s.waiting, func(q *sequence) bool { return q.parent != nil || q.request.background }) {
 		return
 	}
 	admitted := map[*sequence]bool{}
 	for q := range turns(s.waiting) {
 		var displaced *sequence
-		if q.parent == nil && s.places() <= 0 {
+		if q.parent == nil && s.places(q.request.background) <= 0 {
 			// A client's first sequence need not wait for another's second, nor for the end of a long one.
-			if q.request.client.running == 0 {
+			if q.request.client.running == 0 && !q.request.background {
 				displaced = s.lastOf(s.clients.greediest(q.request.client))
 			}
 			if displaced == nil {
@@ -389,11 +395,14 @@ func (s *scheduler) admit() {
 	}
 }
 
-// places is how many more sequences may run.
-func (s *scheduler) places() int {
+// places is how many more sequences may run, of the background or of the others: neither takes the other's places.
+func (s *scheduler) places(background bool) int {
 	n := s.limit
+	if background {
+		n = (n + 1) / 2
+	}
 	for _, q := range s.running {
-		if q.parent == nil {
+		if q.parent == nil && q.request.background == background {
 			n--
 		}
 	}
@@ -406,7 +415,7 @@ func (s *scheduler) lastOf(c *client) *sequence {
 		return nil
 	}
 	for _, q := range slices.Backward(s.running) {
-		if q.request.client == c && q.parent == nil && q.branches == 0 {
+		if q.request.client == c && q.parent == nil && q.branches == 0 && !q.request.background {
 			return q
 		}
 	}
@@ -418,7 +427,9 @@ func (s *scheduler) admissible(q *sequence) bool {
 	if !s.ready(q) || !s.limits.MixedAdapters && q.request.adapter != s.current {
 		return false
 	}
-	if s.crowded && slices.ContainsFunc(s.running, func(r *sequence) bool { return r.left() > 0 }) {
+	// What is computed of the background is no reason to wait, but for its like.
+	goesOn := func(r *sequence) bool { return r.left() > 0 && (q.request.background || !r.request.background) }
+	if s.crowded && slices.ContainsFunc(s.running, goesOn) {
 		return false
 	}
 	if s.whole || q.from < sharedPrefix {
@@ -427,7 +438,7 @@ func (s *scheduler) admissible(q *sequence) bool {
 	have, _ := s.cache.match(q.request.adapter, q.tokens[:q.from])
 	for _, r := range s.running {
 		// Not yet computed there, so the tokens would be computed twice in the same batch.
-		if r.request.adapter == q.request.adapter && r.shared && r.left() > 0 {
+		if r.request.adapter == q.request.adapter && r.shared && goesOn(r) {
 			if n := commonPrefix(r.tokens, q.tokens[:q.from]); n > r.slot.held() && n >= have+sharedPrefix {
 				return false
 			}
@@ -518,7 +529,7 @@ type part struct {
 }
 
 // compose chooses what the next batch computes: the next token of every stream, then as much of the prompts as may be
-// computed beside them.
+// computed beside them. The background waits while there is anything else, but for one of backgroundSteps batches.
 func (s *scheduler) compose() (parts []part, batch []engine.Part, streams, prompt int) {
 	budget, rows := s.limits.BatchTokens, s.rows
 	add := func(q *sequence, most int) int {
@@ -554,9 +565,17 @@ func (s *scheduler) compose() (parts []part, batch []engine.Part, streams, promp
 		budget -= n
 		return n
 	}
+	foreground := slices.ContainsFunc(s.running, func(q *sequence) bool { return !q.request.background && q.left() > 0 })
+	switch {
+	case foreground:
+		s.foreground = time.Now()
+	case time.Since(s.foreground) < recently:
+		budget = min(budget, len(s.running)+backgroundChunk)
+	}
 	var prompts []*sequence
 	for _, q := range s.running {
 		switch {
+		case foreground && q.request.background && s.step%backgroundSteps != 0:
 		case q.left() == 1:
 			add(q, 1)
 			if len(q.tokens) > q.prompt && q.parent == nil {
@@ -573,12 +592,13 @@ func (s *scheduler) compose() (parts []part, batch []engine.Part, streams, promp
 		budget = min(budget, s.pace.chunk(streams))
 	}
 	// The one that waits for longest goes on in any case, with a quarter of the batch. Of the rest, the client that was
-	// served least is next, and its shortest prompt: it is done soonest.
-	oldest := slices.MinFunc(prompts, func(a, b *sequence) int { return cmp.Compare(a.arrival, b.arrival) })
+	// served least is next, and its shortest prompt: it is done soonest. The background, which is here once in a while, has that
+	// quarter for its own.
+	oldest := slices.MinFunc(prompts, func(a, b *sequence) int { return cmp.Or(yields(b, a), cmp.Compare(a.arrival, b.arrival)) })
 	reserved := min(oldest.left(), (budget+3)/4)
 	budget -= reserved
 	slices.SortStableFunc(prompts, func(a, b *sequence) int {
-		return cmp.Or(cmp.Compare(a.request.client.served, b.request.client.served), cmp.Compare(a.left(), b.left()))
+		return cmp.Or(yields(a, b), cmp.Compare(a.request.client.served, b.request.client.served), cmp.Compare(a.left(), b.left()))
 	})
 	for _, q := range prompts {
 		most := budget
@@ -589,6 +609,17 @@ func (s *scheduler) compose() (parts []part, batch []engine.Part, streams, promp
 		prompt += add(q, most)
 	}
 	return parts, batch, streams, prompt
+}
+
+// yields orders the background after the others.
+func yields(a, b *sequence) int {
+	switch {
+	case a.request.background == b.request.background:
+		return 0
+	case a.request.background:
+		return 1
+	}
+	return -1
 }
 
 // decode computes one batch of the running sequences and reads from it; false if there is nothing to compute.
@@ -739,7 +770,9 @@ func (s *scheduler) makeRoom() bool {
 		switch {
 		case q.left() > 0:
 			busy++
-			last = q
+			if last == nil || !last.request.background || q.request.background {
+				last = q // of the background, if there is any
+			}
 		case q.slot != nil:
 			parent = q
 		}

@@ -15,6 +15,7 @@ type request struct {
 	ctx        context.Context
 	adapter    *adapter // nil: the base model
 	clientName string
+	background bool // it yields to requests that are not
 	out        *outbox
 	done       chan struct{} // closed when the scheduler has let go of all its sequences
 
