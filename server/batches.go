@@ -129,7 +129,11 @@ func (s *Server) inner() *gin.Engine {
 
 // Answer implements batch.API: the handlers of the API answer.
 func (s *Server) Answer(ctx context.Context, path string, body []byte) batch.Answer {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, path, bytes.NewReader(body))
+	// Whoever breaks a batch off is, for its requests, a client that goes away; the cause is the batch's own.
+	asking, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
+	req, err := http.NewRequestWithContext(asking, http.MethodPost, path, bytes.NewReader(body))
 	if err != nil {
 		panic(fmt.Sprintf("a request to %s: %v", path, err)) // a path of ours
 	}

@@ -104,6 +104,9 @@ func TestBatchAnswers(t *testing.T) {
 	clients := map[string]int{}
 	for _, req := range r.echo.requests {
 		clients[req.Client]++
+		if req.Background != (req.Client == "addr:batch") {
+			t.Errorf("a request of %s is of the background: %v", req.Client, req.Background)
+		}
 	}
 	if clients["addr:batch"] == 0 || len(clients) != 2 {
 		t.Errorf("the fair queue sees the clients %v", clients)
