@@ -73,7 +73,9 @@ func rename(t *testing.T, dir string, fields map[string]string) {
 
 // refusal is an answer of the API that is an error: it has an envelope with a message.
 func refusal(text string) (code, message string) {
-	var envelope struct{ Error struct{ Code, Message string } }
+	var envelope struct {
+		Error struct{ Code, Message string }
+	}
 	if json.Unmarshal([]byte(text), &envelope) != nil {
 		return "", ""
 	}
@@ -94,7 +96,7 @@ func (s *server) ask(t *testing.T, model string) (status int, text string) {
 // TestDamagedAdapters damages adapters beside a running server.
 func TestDamagedAdapters(t *testing.T) {
 	p := prove(t, "R7a", "a bit of an adapter or of a checkpoint flips, or it is cut", "a request for it is refused by name, the base model and the other adapters answer as before from the same process, and `hone fsck` names it")
-	const times = 200
+	const times = 256
 	random := random(t)
 	home := newHome(t)
 	s := start(t, home)
@@ -209,7 +211,7 @@ func TestDamagedModels(t *testing.T) {
 // TestDamagedStates damages the newest resume state of a paused job.
 func TestDamagedStates(t *testing.T) {
 	p := prove(t, "R7c", "a bit of a job's newest resume state flips, or it is cut", "the state is passed over with an event, the job goes on from the one before, and its weights are the same in the end")
-	const times = 72
+	const times = 48
 	random := random(t)
 	options := diskJob()
 	options["num_train_epochs"] = 40
@@ -300,7 +302,7 @@ func (s *server) twoStates(t *testing.T, id string) []string {
 // TestDamagedDatabase damages the database of a server that is stopped.
 func TestDamagedDatabase(t *testing.T) {
 	p := prove(t, "R7d", "a bit of the SQLite database flips, or it is cut", "the start says that it is damaged and what to do, or the server serves what is there without an end; `hone fsck --repair` makes a database that starts; no content of a file is removed")
-	const times = 96
+	const times = 64
 	random := random(t)
 	home := newHome(t)
 	s := start(t, home)
@@ -362,4 +364,93 @@ func TestDamagedDatabase(t *testing.T) {
 		}
 	}
 	p.found("%d refused at the start with the way out, %d of them repaired by it; %d start, where the bit is in a text or in no row; no content of a file lost", refused, repaired, served)
+}
+
+// TestLostFiles removes contents of files, and the database.
+func TestLostFiles(t *testing.T) {
+	p := prove(t, "R7e", "contents of files are removed or cut behind hone's back, or the database is removed and hone is used on",
+		"the start names the files; each says in its object and when it is used what is wrong, and uploading the content again mends it; what a lost database leaves is kept in lost+found, and `hone fsck` names it")
+	const files = 8
+	home := newHome(t)
+	s := start(t, home)
+	var ids, texts []string
+	for n := range files {
+		texts = append(texts, rows(10+n))
+		ids = append(ids, s.upload(t, "train.jsonl", texts[n]))
+	}
+	s.stop(t)
+	blob := func(text string) string {
+		digest := digestOf([]byte(text))
+		return filepath.Join("blobs", "sha256", digest[:2], digest)
+	}
+	for n, text := range texts {
+		err := os.Remove(filepath.Join(home, blob(text)))
+		if n%2 == 1 {
+			err = os.WriteFile(filepath.Join(home, blob(text)), []byte(text[:n]), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.inject(1)
+	}
+	s = start(t, home)
+	for n, id := range ids {
+		if !strings.Contains(s.tail(), id) {
+			t.Errorf("the start does not name %s", id)
+		}
+		var file struct {
+			Status        string
+			StatusDetails string `json:"status_details"`
+		}
+		if s.must(t, http.MethodGet, "/v1/files/"+id, nil, &file); file.Status != "error" || !strings.Contains(file.StatusDetails, id) {
+			t.Errorf("the object of a lost file is %+v", file)
+		}
+		status, text, err := s.do(t.Context(), http.MethodGet, "/v1/files/"+id+"/content", nil, nil)
+		if code, message := refusal(text); err != nil || status != http.StatusInternalServerError || code != "file_damaged" || !strings.Contains(message, id) {
+			t.Errorf("the content of a lost file: %d %.200s, %v", status, text, err)
+		}
+		var j job
+		status, text, err = s.do(t.Context(), http.MethodPost, "/v1/fine_tuning/jobs", map[string]any{"model": tiny, "training_file": id}, &j)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if status == http.StatusOK {
+			j = s.await(t, j.ID, time.Minute)
+			text = j.Error.Message
+		}
+		if j.Status == "succeeded" || !strings.Contains(text, id) || !strings.Contains(text, "the content of file") {
+			t.Errorf("a job on a lost file: %d %s %s", status, text, j.Status)
+		}
+		if n == 0 {
+			s.upload(t, "again.jsonl", texts[n])
+			if s.must(t, http.MethodGet, "/v1/files/"+id, nil, &file); file.Status != "processed" {
+				t.Errorf("after the upload of the same content the object is %+v", file)
+			}
+			s.must(t, http.MethodGet, "/v1/files/"+id+"/content", nil, nil)
+		}
+	}
+	s.stop(t)
+	for _, suffix := range []string{"", "-wal", "-shm"} {
+		if err := os.RemoveAll(filepath.Join(home, "hone.db"+suffix)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.inject(1)
+	for range 2 {
+		s = start(t, home)
+		if !strings.Contains(s.tail(), "the database was lost") && len(ids) > 0 {
+			t.Errorf("the start does not say that the database was lost\n%s", s.tail())
+		}
+		ids = nil // the second start has nothing to say
+		s.upload(t, "new.jsonl", "{}\n")
+		s.stop(t)
+	}
+	kept, err := filepath.Glob(filepath.Join(home, "lost+found", "*", "*", filepath.Base(blob(texts[0]))))
+	if err != nil || len(kept) != 1 {
+		t.Errorf("the blob of the lost database: %v, %v", kept, err)
+	}
+	if text, code := fsck(t, home); code != 3 || !strings.Contains(text, "lost+found/of-a-lost-database-") {
+		t.Errorf("hone fsck: %d\n%s", code, text)
+	}
+	p.found("%d of %d files named at the start, in their object, in use and by the job; mended by an upload; the blobs of the lost database kept", files, files)
 }

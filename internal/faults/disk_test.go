@@ -48,12 +48,12 @@ func digestOf(data []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// undisturbed is the sha256 of the weights that diskJob has without any fault.
-func undisturbed(t *testing.T) string {
+// undisturbed is the sha256 of the weights that a job on 40 rows has without any fault.
+func undisturbed(t *testing.T, options map[string]any) string {
 	t.Helper()
 	home := newHome(t)
 	s := start(t, home)
-	j := s.train(t, s.upload(t, "train.jsonl", rows(40)), diskJob())
+	j := s.train(t, s.upload(t, "train.jsonl", rows(40)), options)
 	if j = s.await(t, j.ID, 2*time.Minute); j.Status != "succeeded" {
 		t.Fatalf("without a fault the job is %+v", j)
 	}
@@ -244,7 +244,7 @@ func TestPowerLoss(t *testing.T) {
 		"after the start, the database is whole, all that was answered with 200 is there with its sha256, `hone fsck` is content, and jobs end with the same weights")
 	const cuts = 21
 	d := newDisk(t)
-	want := undisturbed(t)
+	want := undisturbed(t, diskJob())
 	random := random(t)
 	addModel(t, d.mount, "../train/testdata/tiny-llama-q4_1.gguf", tiny)
 	a := &acknowledged{files: map[string]string{}, deleted: map[string]bool{}, counts: map[string]int{}}
