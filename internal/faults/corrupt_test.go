@@ -394,8 +394,9 @@ func TestLostFiles(t *testing.T) {
 		p.inject(1)
 	}
 	s = start(t, home)
+	said := s.tail()
 	for n, id := range ids {
-		if !strings.Contains(s.tail(), id) {
+		if !strings.Contains(said, id) {
 			t.Errorf("the start does not name %s", id)
 		}
 		var file struct {

@@ -254,6 +254,9 @@ func (s *Store) openContent(file File) (*os.File, error) {
 	if errors.Is(err, damage) {
 		s.damaged.Store(file.SHA256, damage.Problem)
 	}
+	if !errors.Is(err, damage) {
+		err = fmt.Errorf("content of file %q: %w", file.ID, err)
+	}
 	return nil, err
 }
 

@@ -126,7 +126,7 @@ func (s *Store) OpenFile(ctx context.Context, id string) (File, io.ReadSeekClose
 	}
 	content, err := s.openContent(file)
 	if err != nil {
-		return File{}, nil, fmt.Errorf("content of file %q: %w", id, err)
+		return File{}, nil, err
 	}
 	return file, content, nil
 }
