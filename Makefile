@@ -75,6 +75,22 @@ check: prerequisites ## gofmt and go vet
 lint: prerequisites ## golangci-lint, pinned in tools/go.mod (its first build takes about 2 minutes)
 	@$(engine); $(golangci) run ./...
 
+# VULNDB is the vulnerability database: nothing for vuln.go.dev, or file:///... for a copy (data/osv of golang/vulndb). CI goes
+# on without one, and says so.
+.PHONY: audit
+audit: check ## go vet, govulncheck and gosec, pinned in tools/audit/go.mod; every finding has a reason
+	@$(engine); go run ./scripts/audit $(if $(VULNDB),-db $(VULNDB)) $(if $(CI),-offline)
+
+# LOAD has flags of scripts/load: LOAD="-clients 500 -sequences 64 -rate 2000 -duration 1m".
+.PHONY: load
+load: build model ## 500 clients at once beside 2,000 requests/s for /health and /v1/models (about 3 minutes)
+	@CGO_ENABLED=0 go build -o build/load ./scripts/load; exec build/load -hone bin/hone -model $(HONE_TEST_MODEL) $(LOAD)
+
+MINUTES ?= 20
+.PHONY: soak
+soak: build ## jobs, chats, uploads, batches and deletes at random for MINUTES (20), watching what the processes hold
+	@CGO_ENABLED=0 go build -o build/load ./scripts/load; exec build/load -hone bin/hone -soak $(MINUTES)m -samples build/soak.csv $(LOAD)
+
 # The trainer waits asleep, as serve starts it, and the runner does not.
 .PHONY: bench
 bench: model ## speed of training and serving on this machine

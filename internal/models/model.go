@@ -25,7 +25,7 @@ import (
 // Names of the files of a model's directory.
 const (
 	WeightsFile      = "base.gguf"
-	TokenizerFile    = "tokenizer.json"
+	TokenizerFile    = "tokenizer.json" // #nosec G101 -- a file of words, no secret
 	ChatTemplateFile = "chat_template.jinja"
 	ManifestFile     = "manifest.json"
 )

@@ -68,7 +68,7 @@ func unpack(low []byte, fifth uint32, d, m float64) []float64 {
 	out := make([]float64, 32)
 	for i, b := range low {
 		out[i] = d*float64(uint32(b&15)|fifth>>i&1<<4) + m
-		out[i+16] = d*float64(uint32(b>>4)|fifth>>(i+16)&1<<4) + m
+		out[i+16] = d*float64(uint32(b>>4)|fifth>>(i+16)&1<<4) + m // #nosec G602 -- low has 16 bytes
 	}
 	return out
 }

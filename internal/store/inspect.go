@@ -330,7 +330,7 @@ func (i *Inspection) contents(ctx context.Context) (map[string][]content, error)
 	}
 	named := map[string][]content{}
 	for _, table := range tables {
-		rows, err := i.db.QueryContext(ctx, `SELECT id, bytes, sha256 FROM `+table+` ORDER BY seq`)
+		rows, err := i.db.QueryContext(ctx, `SELECT id, bytes, sha256 FROM `+table+` ORDER BY seq`) // #nosec G202 -- a table of ours
 		if err != nil {
 			return nil, err
 		}
@@ -454,6 +454,7 @@ func (i *Inspection) copyRows(ctx context.Context, to *sql.DB) error {
 
 // copyTable copies rows until one cannot be read. An error is one of writing.
 func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order string) error {
+	// #nosec G202 -- a table of ours
 	rows, err := from.QueryContext(ctx, `SELECT * FROM `+table+order) //nolint:rowserrcheck // what cannot be read is left behind
 	if err != nil {
 		return context.Cause(ctx)
@@ -467,7 +468,11 @@ func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order strin
 	for i := range values {
 		into[i] = &values[i]
 	}
-	insert := `INSERT OR IGNORE INTO ` + table + ` ("` + strings.Join(columns, `", "`) + `") VALUES (?` + strings.Repeat(", ?", len(columns)-1) + `)`
+	for i, column := range columns { // a damaged schema may say anything
+		columns[i] = `"` + strings.ReplaceAll(column, `"`, `""`) + `"`
+	}
+	// #nosec G202 -- a table of ours, and quoted names
+	insert := `INSERT OR IGNORE INTO ` + table + ` (` + strings.Join(columns, ", ") + `) VALUES (?` + strings.Repeat(", ?", len(columns)-1) + `)`
 	for rows.Next() && rows.Scan(into...) == nil {
 		if _, err := to.ExecContext(ctx, insert, values...); err != nil && !hasCode(err, sqliteConstraint, sqliteMismatch) {
 			return err

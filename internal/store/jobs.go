@@ -175,7 +175,7 @@ func (s *Store) CreateJob(ctx context.Context, job Job, events ...Event) error {
 				return fmt.Errorf("adapter %q: %w", job.StartAdapter, ErrNotFound)
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO jobs (`+jobColumns+`) VALUES (`+jobValues+`)`, values...)
+		_, err := tx.ExecContext(ctx, `INSERT INTO jobs (`+jobColumns+`) VALUES (`+jobValues+`)`, values...) // #nosec G202 -- constants
 		if err != nil {
 			return err
 		}
@@ -313,7 +313,7 @@ func (s *Store) putJob(ctx context.Context, tx *sql.Tx, job *Job, events []Event
 	if err != nil {
 		return err
 	}
-	_, err = tx.ExecContext(ctx, `UPDATE jobs SET (`+jobColumns+`) = (`+jobValues+`) WHERE id = ?`, append(values, job.ID)...)
+	_, err = tx.ExecContext(ctx, `UPDATE jobs SET (`+jobColumns+`) = (`+jobValues+`) WHERE id = ?`, append(values, job.ID)...) // #nosec G202 -- constants
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,7 @@ package store
 
 import (
 	"context"
-	"crypto/md5" //nolint:gosec // clients send it as a check against accidents
+	"crypto/md5" // #nosec G501 -- clients send it as a check against accidents
 	"database/sql"
 	"encoding/hex"
 	"errors"
@@ -178,7 +178,7 @@ func (s *Store) completeUpload(ctx context.Context, id string, partIDs []string,
 	if err != nil {
 		return u, file, err
 	}
-	hash := md5.New() //nolint:gosec // see the import
+	hash := md5.New() // #nosec G401 -- see the import
 	blob, err := s.Stage(ctx, io.TeeReader(&partReader{store: s, parts: parts}, hash))
 	if err != nil {
 		return u, file, err
