@@ -404,7 +404,7 @@ func (j *Jobs) move(to Status) func(*store.Job) error {
 		}
 		row.Status = string(to)
 		if to.Final() {
-			row.FinishedAt = j.opts.Now().Unix()
+			row.FinishedAt = max(row.CreatedAt, j.opts.Now().Unix()) // the clock may have been set back
 		}
 		return nil
 	}

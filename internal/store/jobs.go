@@ -325,10 +325,13 @@ func (s *Store) putJob(ctx context.Context, tx *sql.Tx, job *Job, events []Event
 	return s.insertEvents(ctx, tx, job.ID, events)
 }
 
+// insertEvents adds events to a job. The time of one is never before that of the one before it, though the clock may have been
+// set back.
 func (s *Store) insertEvents(ctx context.Context, tx *sql.Tx, jobID string, events []Event) error {
 	for _, e := range events {
 		_, err := tx.ExecContext(ctx, `INSERT INTO job_events (id, job_id, created_at, level, type, message, data)
-			VALUES (?, ?, ?, ?, ?, ?, ?)`, NewID("ftevent-", idLength), jobID, s.now().Unix(), e.Level, e.Type, e.Message, string(e.Data))
+			VALUES (?, ?, max(?, ifnull((SELECT created_at FROM job_events WHERE job_id = ? ORDER BY seq DESC LIMIT 1), 0)), ?, ?, ?, ?)`,
+			NewID("ftevent-", idLength), jobID, s.now().Unix(), jobID, e.Level, e.Type, e.Message, string(e.Data))
 		if err != nil {
 			return err
 		}

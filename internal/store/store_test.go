@@ -69,6 +69,45 @@ func running(job *store.Job) ([]store.Event, error) {
 	return nil, nil
 }
 
+// TestClockJumps sets the clock a day ahead and a day back: no lease that is kept up is lost, and no event is
+// older than the one before it.
+func TestClockJumps(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1700000000, 0)
+	st := open(t, t.TempDir(), store.Options{Now: func() time.Time { return now }})
+	if err := st.CreateJob(t.Context(), job("j", create(t, st, "a.jsonl", "a")), store.Event{Level: "info", Type: "message", Message: "0"}); err != nil {
+		t.Fatal(err)
+	}
+	claimed, err := st.Claim(t.Context(), "owner", time.Minute, running)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, jump := range []time.Duration{24 * time.Hour, -48 * time.Hour, 24 * time.Hour} {
+		now = now.Add(jump)
+		if err := st.Heartbeat(t.Context(), "j", "owner", claimed.Attempt, time.Minute); err != nil {
+			t.Errorf("heartbeat after a jump of %v: %v", jump, err)
+		}
+		if _, err := st.Claim(t.Context(), "other", time.Minute, running); !errors.Is(err, store.ErrNotFound) {
+			t.Errorf("claim of another after a jump of %v and a heartbeat: %v", jump, err)
+		}
+		if _, err := st.UpdateJob(t.Context(), store.JobUpdate{ID: "j", Attempt: claimed.Attempt, Events: []store.Event{{Level: "info", Type: "message", Message: "e"}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events, _, err := st.Events(t.Context(), "j", "", 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 1; i < len(events); i++ { // newest first
+		if events[i].CreatedAt > events[i-1].CreatedAt {
+			t.Errorf("event %d is of %d, the one after it of %d", i, events[i].CreatedAt, events[i-1].CreatedAt)
+		}
+	}
+	if len(events) != 4 || events[0].CreatedAt != 1700000000+24*60*60 {
+		t.Errorf("events %+v", events)
+	}
+}
+
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "dir with spaces, % and ?")
