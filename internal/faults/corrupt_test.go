@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// damage flips a bit of a file, or cuts it, at a random place.
-func damage(t *testing.T, random *rand.Rand, path string) (what string) {
+// corrupt flips a bit of a file, or cuts it, at a random place.
+func corrupt(t *testing.T, random *rand.Rand, path string) (what string) {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -71,8 +71,8 @@ func rename(t *testing.T, dir string, fields map[string]string) {
 	}
 }
 
-// refusal is an answer of the API that is an error: it has an envelope with a message.
-func refusal(text string) (code, message string) {
+// envelopeOf reads an answer of the API that is an error: it has an envelope with a message.
+func envelopeOf(text string) (code, message string) {
 	var envelope struct {
 		Error struct{ Code, Message string }
 	}
@@ -93,8 +93,8 @@ func (s *server) ask(t *testing.T, model string) (status int, text string) {
 	return status, text
 }
 
-// TestDamagedAdapters damages adapters beside a running server.
-func TestDamagedAdapters(t *testing.T) {
+// TestCorruptAdapters damages adapters beside a running server.
+func TestCorruptAdapters(t *testing.T) {
 	p := prove(t, "R7a", "a bit of an adapter or of a checkpoint flips, or it is cut", "a request for it is refused by name, the base model and the other adapters answer as before from the same process, and `hone fsck` names it")
 	const times = 256
 	random := random(t)
@@ -129,13 +129,13 @@ func TestDamagedAdapters(t *testing.T) {
 		if n%8 == 0 {
 			file = "manifest.json"
 		}
-		what := damage(t, random, filepath.Join(home, id, file))
+		what := corrupt(t, random, filepath.Join(home, id, file))
 		if err := os.Rename(filepath.Join(home, id), dir); err != nil {
 			t.Fatal(err)
 		}
 		p.inject(1)
 		status, text := s.ask(t, name)
-		code, message := refusal(text)
+		code, message := envelopeOf(text)
 		switch {
 		case status == http.StatusOK && file == "manifest.json": // white space, a time
 			harmless++
@@ -167,8 +167,8 @@ func TestDamagedAdapters(t *testing.T) {
 	p.found("%d refused by name, %d changed nothing that matters (a time or white space of the manifest), 0 ends of the runner; `hone fsck` names every refused one", refused, harmless)
 }
 
-// TestDamagedModels damages the weights of base models beside a running server.
-func TestDamagedModels(t *testing.T) {
+// TestCorruptModels damages the weights of base models beside a running server.
+func TestCorruptModels(t *testing.T) {
 	p := prove(t, "R7b", "a bit of a base model's GGUF flips, or it is cut", "a file whose structure is damaged is refused by name; no runner ends, no other model is disturbed, and `hone fsck` names every one")
 	const times = 144
 	random := random(t)
@@ -179,13 +179,13 @@ func TestDamagedModels(t *testing.T) {
 		name := fmt.Sprintf("damaged%d", n)
 		copyTree(t, filepath.Join(home, "models", tiny), filepath.Join(home, name))
 		rename(t, filepath.Join(home, name), map[string]string{"name": name})
-		what := damage(t, random, filepath.Join(home, name, "base.gguf"))
+		what := corrupt(t, random, filepath.Join(home, name, "base.gguf"))
 		if err := os.Rename(filepath.Join(home, name), filepath.Join(home, "models", name)); err != nil {
 			t.Fatal(err)
 		}
 		p.inject(1)
 		status, text := s.ask(t, name)
-		code, message := refusal(text)
+		code, message := envelopeOf(text)
 		switch {
 		case status == http.StatusOK:
 			answered++
@@ -208,8 +208,8 @@ func TestDamagedModels(t *testing.T) {
 	p.found("%d refused by name; %d, where a weight or a word of the vocabulary is another now, load and answer; 0 ends of a runner; `hone fsck` names all %d", refused, answered, times)
 }
 
-// TestDamagedStates damages the newest resume state of a paused job.
-func TestDamagedStates(t *testing.T) {
+// TestCorruptStates damages the newest resume state of a paused job.
+func TestCorruptStates(t *testing.T) {
 	p := prove(t, "R7c", "a bit of a job's newest resume state flips, or it is cut", "the state is passed over with an event, the job goes on from the one before, and its weights are the same in the end")
 	const times = 48
 	random := random(t)
@@ -240,7 +240,7 @@ func TestDamagedStates(t *testing.T) {
 				t.Fatalf("pause: %d %s, %v", status, text, err)
 			}
 			if states = statesOf(t, home, j.ID); len(states) >= 2 && injected < times {
-				damage(t, random, filepath.Join(states[len(states)-1], []string{"state.safetensors", "state.json"}[injected%2]))
+				corrupt(t, random, filepath.Join(states[len(states)-1], []string{"state.safetensors", "state.json"}[injected%2]))
 				injected++
 				here++
 				p.inject(1)
@@ -299,8 +299,8 @@ func (s *server) twoStates(t *testing.T, id string) []string {
 	return nil
 }
 
-// TestDamagedDatabase damages the database of a server that is stopped.
-func TestDamagedDatabase(t *testing.T) {
+// TestCorruptDatabase damages the database of a server that is stopped.
+func TestCorruptDatabase(t *testing.T) {
 	p := prove(t, "R7d", "a bit of the SQLite database flips, or it is cut", "the start says that it is damaged and what to do, or the server serves what is there without an end; `hone fsck --repair` makes a database that starts; no content of a file is removed")
 	const times = 64
 	random := random(t)
@@ -319,7 +319,7 @@ func TestDamagedDatabase(t *testing.T) {
 	for range times {
 		copied := filepath.Join(t.TempDir(), "home")
 		copyTree(t, home, copied)
-		what := damage(t, random, filepath.Join(copied, "hone.db"))
+		what := corrupt(t, random, filepath.Join(copied, "hone.db"))
 		p.inject(1)
 		again, err := tryStart(t, copied)
 		if err != nil {
@@ -340,7 +340,7 @@ func TestDamagedDatabase(t *testing.T) {
 		if again != nil {
 			for _, path := range []string{"/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/batches"} {
 				status, text, err := again.do(t.Context(), http.MethodGet, path, nil, nil)
-				if _, message := refusal(text); err != nil || status != http.StatusOK && message == "" {
+				if _, message := envelopeOf(text); err != nil || status != http.StatusOK && message == "" {
 					t.Errorf("%s: GET %s: %d %s, %v", what, path, status, text, err)
 				}
 			}
@@ -407,7 +407,7 @@ func TestLostFiles(t *testing.T) {
 			t.Errorf("the object of a lost file is %+v", file)
 		}
 		status, text, err := s.do(t.Context(), http.MethodGet, "/v1/files/"+id+"/content", nil, nil)
-		if code, message := refusal(text); err != nil || status != http.StatusInternalServerError || code != "file_damaged" || !strings.Contains(message, id) {
+		if code, message := envelopeOf(text); err != nil || status != http.StatusInternalServerError || code != "file_damaged" || !strings.Contains(message, id) {
 			t.Errorf("the content of a lost file: %d %.200s, %v", status, text, err)
 		}
 		var j job

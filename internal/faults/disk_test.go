@@ -124,6 +124,7 @@ type acknowledged struct {
 	files   map[string]string // sha256 by id
 	deleted map[string]bool   // ids
 	jobs    []string
+	models  []string // adapters of jobs that have succeeded
 	batches []string
 	counts  map[string]int
 }
@@ -231,6 +232,11 @@ func (a *acknowledged) check(t *testing.T, s *server) {
 			t.Errorf("job %s, which was acknowledged: %d %s, %v", id, status, text, err)
 		}
 	}
+	for _, name := range a.models {
+		if status, text := s.ask(t, name); status != http.StatusOK {
+			t.Errorf("adapter %s, whose job has succeeded: %d %s", name, status, text)
+		}
+	}
 	for _, id := range a.batches {
 		if status, text, err := s.do(t.Context(), http.MethodGet, "/v1/batches/"+id, nil, nil); err != nil || status != http.StatusOK {
 			t.Errorf("batch %s, which was acknowledged: %d %s, %v", id, status, text, err)
@@ -270,6 +276,7 @@ func TestPowerLoss(t *testing.T) {
 				t.Errorf("job %+v", j)
 			} else if !jobs[id] {
 				jobs[id] = true
+				a.models = append(a.models, j.FineTunedModel)
 				if got := weightsOf(t, d.back, j.FineTunedModel); got != want {
 					t.Errorf("job %s has weights %s, undisturbed they are %s", id, got, want)
 				}
@@ -279,7 +286,7 @@ func TestPowerLoss(t *testing.T) {
 			j := s.train(t, file, diskJob())
 			a.add("jobs", func() { a.jobs = append(a.jobs, j.ID) })
 		}
-		time.Sleep(time.Duration(20+random.IntN(1000)) * time.Millisecond)
+		time.Sleep(time.Duration(20+random.IntN(1500)) * time.Millisecond)
 		kind := powerCut(n % int(numPowerCuts))
 		s.killAll(t)
 		cancel()

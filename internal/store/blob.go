@@ -251,12 +251,10 @@ func (s *Store) openContent(file File) (*os.File, error) {
 	} else if errors.Is(err, fs.ErrNotExist) {
 		err = damage
 	}
-	if errors.Is(err, damage) {
-		s.damaged.Store(file.SHA256, damage.Problem)
-	}
 	if !errors.Is(err, damage) {
-		err = fmt.Errorf("content of file %q: %w", file.ID, err)
+		return nil, fmt.Errorf("content of file %q: %w", file.ID, err)
 	}
+	s.damaged.Store(file.SHA256, damage.Problem)
 	return nil, err
 }
 
