@@ -123,7 +123,7 @@ func (a *App) Start(ctx context.Context) (err error) {
 	}
 	a.memory = child.NewMemory(a.cfg.MemoryBytes())
 	a.runners = child.NewRunners(child.RunnersOptions{
-		Exe: a.opts.Exe, Env: a.opts.Env, Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger,
+		Exe: a.opts.Exe, Env: append([]string{"HONE_LOG_LEVEL=" + a.cfg.Log.Level}, a.opts.Env...), Stderr: a.opts.Stderr, SocketDir: sockets, Logger: a.opts.Logger,
 		Config: child.RunnerConfig{
 			ContextTokens: a.cfg.ContextTokens, Sequences: a.cfg.Sequences, Threads: a.cfg.Threads, Device: a.cfg.Device,
 			Engine: a.cfg.Runner.Engine, CacheTokens: a.cfg.Runner.CacheTokens, CacheType: a.cfg.Runner.CacheType, GPUWeights: a.cfg.Runner.GPUWeights,

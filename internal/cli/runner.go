@@ -1,7 +1,9 @@
 package cli
 
 import (
+	"fmt"
 	"log/slog"
+	"os"
 
 	"github.com/hone-llm/hone/internal/runner"
 	"github.com/spf13/cobra"
@@ -15,7 +17,13 @@ func newRunnerCommand(s streams) *cobra.Command {
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			logger := slog.New(slog.NewTextHandler(s.err, nil))
+			level := slog.LevelInfo
+			if text := os.Getenv("HONE_LOG_LEVEL"); text != "" { // serve sets it to its own
+				if err := level.UnmarshalText([]byte(text)); err != nil {
+					return fmt.Errorf("log.level: %w", err)
+				}
+			}
+			logger := slog.New(slog.NewTextHandler(s.err, &slog.HandlerOptions{Level: level}))
 			return runner.Run(cmd.Context(), s.in, s.out, logger)
 		},
 	}
