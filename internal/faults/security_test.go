@@ -97,8 +97,8 @@ func (s *server) raw(t *testing.T, method, target, body string, headers ...strin
 	return resp.StatusCode, string(data)
 }
 
-// refusal checks that a reply refuses a request, with a sentence in an envelope, and blames the request.
-func refusal(t *testing.T, what string, status int, text string) {
+// mustRefuse checks that a reply refuses a request, with a sentence in an envelope, and blames the request.
+func mustRefuse(t *testing.T, what string, status int, text string) {
 	t.Helper()
 	var reply struct{ Error struct{ Message string } }
 	if err := json.Unmarshal([]byte(text), &reply); status < 400 || status >= 500 || err != nil || len(reply.Error.Message) < 10 {
@@ -189,7 +189,7 @@ func TestNames(t *testing.T) {
 			if strings.HasSuffix(r.path, "/models/{id}") && (name == "." || name == "..") && status == http.StatusOK {
 				continue
 			}
-			refusal(t, r.method+" "+r.at(name), status, text)
+			mustRefuse(t, r.method+" "+r.at(name), status, text)
 			n++
 		}
 	}
@@ -211,7 +211,7 @@ func TestNames(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			refusal(t, path+" with "+name, status, text)
+			mustRefuse(t, path+" with "+name, status, text)
 			n++
 		}
 	}
@@ -282,15 +282,15 @@ func TestArchives(t *testing.T) {
 	p.found("12 archives: every job failed with a sentence, no model was added, nothing was written beside the data directory")
 }
 
-// A damage is a changed file and what was changed.
-type damage struct {
+// A mutant is a changed file and what was changed.
+type mutant struct {
 	how  string
 	data []byte
 }
 
-// damages are n ways to damage a GGUF file's header: counts, versions, lengths, types and values of keys, dimensions, types and
+// mutants are n ways to mutant a GGUF file's header: counts, versions, lengths, types and values of keys, dimensions, types and
 // offsets of tensors, cuts, and then flipped bits.
-func damages(t *testing.T, path string, n int, random *rand.Rand) (all []damage) {
+func mutants(t *testing.T, path string, n int, random *rand.Rand) (all []mutant) {
 	t.Helper()
 	file, err := os.ReadFile(path)
 	if err != nil {
@@ -309,7 +309,7 @@ func damages(t *testing.T, path string, n int, random *rand.Rand) (all []damage)
 		changed := slices.Clone(file)
 		copy(changed[at:], value)
 		if !bytes.Equal(changed, file) {
-			all = append(all, damage{how, changed})
+			all = append(all, mutant{how, changed})
 		}
 	}
 	u32 := func(v uint32) []byte { return endian.LittleEndian.AppendUint32(nil, v) }
@@ -348,13 +348,13 @@ func damages(t *testing.T, path string, n int, random *rand.Rand) (all []damage)
 		}
 	}
 	for cut := 0; cut < len(file); cut += 4096 {
-		all = append(all, damage{fmt.Sprintf("cut at %d", cut), file[:cut]})
+		all = append(all, mutant{fmt.Sprintf("cut at %d", cut), file[:cut]})
 	}
 	random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	for len(all) < n {
 		changed, at := slices.Clone(file), random.IntN(int(header))
 		changed[at] ^= 1 << random.IntN(8)
-		all = append(all, damage{fmt.Sprintf("a bit of byte %d", at), changed})
+		all = append(all, mutant{fmt.Sprintf("a bit of byte %d", at), changed})
 	}
 	return all[:n]
 }
@@ -390,8 +390,8 @@ func (s *server) sound(t *testing.T, want, after string) {
 	}
 }
 
-// TestDamagedModels adds damaged models, and puts them where the runner reads them.
-func TestDamagedModels(t *testing.T) {
+// TestMutatedModels adds damaged models, and puts them where the runner reads them.
+func TestMutatedModels(t *testing.T) {
 	p := prove(t, "S7", "200 mutated model files: `hone models add`, and put straight into the models directory", "refused with a sentence before C reads them, or harmless; no runner dies of one, the base model's greedy answer stays")
 	random := random(t)
 	home := newHome(t)
@@ -409,7 +409,7 @@ func TestDamagedModels(t *testing.T) {
 		t.Fatalf("a placed model that is not damaged: %q, %v", text, err)
 	}
 	refusedAdd, refusedRun := 0, 0
-	for i, d := range damages(t, "../train/testdata/tiny-llama-q4_1.gguf", 200, random) {
+	for i, d := range mutants(t, "../train/testdata/tiny-llama-q4_1.gguf", 200, random) {
 		name := fmt.Sprintf("m%d", i)
 		path := filepath.Join(t.TempDir(), name+".gguf")
 		if err := os.WriteFile(path, d.data, 0o600); err != nil {
@@ -504,8 +504,8 @@ func plant(t *testing.T, from, id string, weights []byte, change func(manifest m
 	return name
 }
 
-// TestDamagedAdapters puts damaged adapters into the registry's directory, with manifests that fit them.
-func TestDamagedAdapters(t *testing.T) {
+// TestMutatedAdapters puts damaged adapters into the registry's directory, with manifests that fit them.
+func TestMutatedAdapters(t *testing.T) {
 	p := prove(t, "S7", "60 mutated adapters in the registry: bad magic, another rank, shape or base, NaN and infinite weights, cut off", "refused with a sentence before C reads them, or harmless; the runner lives on, the base model's greedy answer stays")
 	random := random(t)
 	s := start(t, newHome(t), "HONE_LOG_LEVEL=error")
@@ -524,7 +524,7 @@ func TestDamagedAdapters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var all []damage
+	var all []mutant
 	rewrite := func(how string, key func(string, gguf.Value) any, tensor func(*gguf.TensorData)) {
 		var metadata []gguf.KeyValue
 		for _, name := range slices.Sorted(maps.Keys(map[string]gguf.Value(f.Metadata))) {
@@ -550,7 +550,7 @@ func TestDamagedAdapters(t *testing.T) {
 		if err := gguf.Write(&b, metadata, tensors); err != nil {
 			t.Fatalf("%s: %v", how, err)
 		}
-		all = append(all, damage{how, b.Bytes()})
+		all = append(all, mutant{how, b.Bytes()})
 	}
 	for _, bits := range []uint32{0x7fc00000, 0x7f800000, 0xff800000, 0x7f800001} {
 		for _, half := range []string{".lora_a", ".lora_b"} {
@@ -597,12 +597,12 @@ func TestDamagedAdapters(t *testing.T) {
 		})
 	}
 	rewrite("names of another model", nil, func(d *gguf.TensorData) { d.Name = strings.Replace(d.Name, "blk.0", "blk.77", 1) })
-	all = append(all, damage{"another magic", append([]byte("GGML"), file[4:]...)}, damage{"empty", []byte{}}, damage{"text", []byte("hello")})
+	all = append(all, mutant{"another magic", append([]byte("GGML"), file[4:]...)}, mutant{"empty", []byte{}}, mutant{"text", []byte("hello")})
 	for cut := 4096; cut < len(file) && len(all) < 40; cut += 4096 {
-		all = append(all, damage{fmt.Sprintf("cut at %d", cut), file[:cut]})
+		all = append(all, mutant{fmt.Sprintf("cut at %d", cut), file[:cut]})
 	}
 	structural := len(all)
-	all = append(all, damages(t, path, 60-structural, random)...)
+	all = append(all, mutants(t, path, 60-structural, random)...)
 	f.Close()
 	if _, _, err := s.chat(t.Context(), plant(t, dir, "whole", file, nil), "Which one?", 4); err != nil {
 		t.Fatalf("an adapter that is not damaged: %v", err)
@@ -660,7 +660,7 @@ func TestHeaders(t *testing.T) {
 		name := append(endian.LittleEndian.AppendUint64(nil, uint64(len(tensor.Name))), tensor.Name...)
 		return bytes.Index(file, name) + len(name) + 4 + 8*len(tensor.Shape)
 	}
-	try := func(p *proof, all []damage, words string) {
+	try := func(p *proof, all []mutant, words string) {
 		home := newHome(t)
 		s := start(t, home, "HONE_LOG_LEVEL=error")
 		for i, d := range all {
@@ -684,15 +684,15 @@ func TestHeaders(t *testing.T) {
 		}
 		p.found(words, len(all))
 	}
-	change := func(how string, at int, values ...uint64) damage {
+	change := func(how string, at int, values ...uint64) mutant {
 		changed := slices.Clone(file)
 		for i, v := range values {
 			endian.LittleEndian.PutUint64(changed[at+8*i:], v)
 		}
-		return damage{how, changed}
+		return mutant{how, changed}
 	}
 	p := prove(t, "S4", "tensors whose offset or size leads beyond the file", "refused when added and by the runner, before C reads them")
-	var beyond []damage
+	var beyond []mutant
 	for _, tensor := range f.Tensors {
 		if len(beyond) == 24 {
 			break
@@ -703,7 +703,7 @@ func TestHeaders(t *testing.T) {
 	}
 	try(p, beyond, "%d headers refused with a sentence, both ways; the base model answers")
 	p = prove(t, "S5", "counts and sizes that overflow the engine's mem_size (CVE-2025-53630, CVE-2026-27940)", "refused when added and by the runner, before C reads them")
-	counts := []damage{change("sizes", end(f.Tensors[0])-8*len(f.Tensors[0].Shape), 1<<62)}
+	counts := []mutant{change("sizes", end(f.Tensors[0])-8*len(f.Tensors[0].Shape), 1<<62)}
 	for _, overhead := range []uint64{1, 16, 256, 320, 336, 352, 368, 384, 400} { // bytes of a ggml_tensor with its object, in some versions
 		counts = append(counts, change(fmt.Sprintf("tensors x %d", overhead), 8, math.MaxUint64/overhead), change(fmt.Sprintf("tensors x %d + 1", overhead), 8, math.MaxUint64/overhead+1))
 	}
@@ -818,7 +818,7 @@ func TestTemplates(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		refusal(t, fmt.Sprint(extra), status, text)
+		mustRefuse(t, fmt.Sprint(extra), status, text)
 		p.inject(1)
 	}
 	if _, _, err := s.chat(t.Context(), tiny, "a", 2); err != nil {
@@ -877,7 +877,7 @@ func TestNumbers(t *testing.T) {
 			for _, number := range numbers {
 				status, text := s.raw(t, http.MethodPost, path, fmt.Sprintf(`{%s,%q:%s}`, fixed, field, number))
 				if status != http.StatusOK {
-					refusal(t, path+" "+field+" "+number, status, text)
+					mustRefuse(t, path+" "+field+" "+number, status, text)
 					refused++
 				}
 				p.inject(1)
@@ -934,7 +934,7 @@ func TestSchemas(t *testing.T) {
 	all := []constraint{
 		{"depth 63", "guided_json", nested(63), false}, {"depth 64", "guided_json", nested(64), false}, {"depth 65", "guided_json", nested(65), true},
 		{"256 KiB - 1", "guided_json", long(256<<10 - 1), false}, {"256 KiB", "guided_json", long(256 << 10), false}, {"256 KiB + 1", "guided_json", long(256<<10 + 1), true},
-		{"600 properties", "guided_json", object(600), false}, {"20,000 properties", "guided_json", object(20000), true},
+		{"300 properties", "guided_json", object(300), false}, {"600 properties, too many to go on with", "guided_json", object(600), true}, {"20,000 properties", "guided_json", object(20000), true},
 		{"a cycle of $ref", "guided_json", `{"$ref":"#/$defs/a","$defs":{"a":{"$ref":"#/$defs/b"},"b":{"$ref":"#/$defs/a"}}}`, true},
 		{"a $ref to itself", "guided_json", `{"$ref":"#"}`, true}, {"a $ref elsewhere", "guided_json", `{"$ref":"http://127.0.0.1/a.json"}`, true}, {"a $ref to a file", "guided_json", `{"$ref":"file:///etc/passwd"}`, true},
 		{"multipleOf", "guided_json", `{"type":"integer","multipleOf":1000003}`, true},
@@ -962,7 +962,7 @@ func TestSchemas(t *testing.T) {
 		switch {
 		case status != http.StatusOK || c.refused && !slices.Contains(linear, c.what):
 			if c.refused {
-				refusal(t, c.what, status, text)
+				mustRefuse(t, c.what, status, text)
 				refused++
 			} else {
 				t.Errorf("%s: %d %.300s", c.what, status, text)
@@ -1154,7 +1154,7 @@ func TestJobFields(t *testing.T) {
 				t.Fatal(err)
 			}
 			if status != http.StatusOK {
-				refusal(t, fmt.Sprintf("%q in body %d", text, i), status, answer)
+				mustRefuse(t, fmt.Sprintf("%q in body %d", text, i), status, answer)
 				refused++
 			} else {
 				started++
