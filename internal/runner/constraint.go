@@ -273,17 +273,26 @@ func (c *constraint) Mask() ([]uint32, error) {
 	c.computing.Wait()
 	c.started = false
 	if c.err != nil {
-		return nil, &child.Error{Code: child.CodeInvalidRequest, Param: "constraint", Message: "the completion cannot follow its constraint any further: " + c.err.Error()}
+		return nil, stuck(c.err)
 	}
 	return c.mask, nil
 }
 
-// Accept goes on with a token that the last mask allows.
+// Accept goes on with a token that the last mask allows. The error is a *child.Error of this completion alone: what
+// follows the token may be more than the library's limits.
 func (c *constraint) Accept(t engine.Token) error {
 	if err := c.grammar.Accept(t); err != nil {
+		if llguidance.Allowed(c.mask, t) {
+			return stuck(err)
+		}
 		return &child.Error{Code: child.CodeInternal, Message: err.Error()}
 	}
 	return nil
+}
+
+// stuck blames the request for a constraint that a completion came to the library's limits with.
+func stuck(err error) error {
+	return &child.Error{Code: child.CodeInvalidRequest, Param: "constraint", Message: "the completion cannot follow its constraint any further: " + err.Error()}
 }
 
 // Stopped reports that the completion is complete and nothing can follow.

@@ -299,6 +299,39 @@ func TestCompiledGrammarsAreKept(t *testing.T) {
 	}
 }
 
+// A schema whose first mask is small and whose rows are not: the token after which it is too much is the request's fault.
+func TestConstraintThatExplodesAtAToken(t *testing.T) {
+	_, constraints := defaultVocabulary(t)
+	var b strings.Builder
+	for i := range 600 {
+		fmt.Fprintf(&b, `,"p%d":{"type":"integer"}`, i)
+	}
+	c, err := constraints.New(t.Context(), child.Constraint{Kind: child.ConstraintJSONSchema, Text: `{"type":"object","properties":{` + b.String()[1:] + `}}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	mask, err := c.Mask()
+	if err != nil {
+		t.Fatal(err)
+	}
+	brace := engine.Token(-1)
+	each(make([]float32, 32*len(mask)), mask, func(t engine.Token, _ float32) { brace = t })
+	var failure *child.Error
+	for range 3 {
+		if err = c.Accept(brace); err != nil {
+			break
+		}
+		if mask, err = c.Mask(); err != nil {
+			break
+		}
+		each(make([]float32, 32*len(mask)), mask, func(t engine.Token, _ float32) { brace = t })
+	}
+	if !errors.As(err, &failure) || failure.Code != child.CodeInvalidRequest || failure.Param != "constraint" {
+		t.Errorf("error is %v", err)
+	}
+}
+
 // A constraint that becomes too much for a step fails its completion alone, with an error that says so.
 func TestConstraintThatExplodesLater(t *testing.T) {
 	m, constraints := defaultVocabulary(t)
