@@ -188,7 +188,14 @@ func (x *Context) Allocate(b *Backend) (*Buffer, error) {
 	if buffer == nil {
 		return nil, fmt.Errorf("allocate tensors: %w", ErrMemory)
 	}
+	if !b.GPU() {
+		hugePages(buffer)
+	}
 	return &Buffer{buffer}, nil
+}
+
+func hugePages(b *C.struct_ggml_backend_buffer) {
+	HugePages(unsafe.Slice((*byte)(C.ggml_backend_buffer_get_base(b)), int(C.ggml_backend_buffer_get_size(b))))
 }
 
 // Size is the buffer's length in bytes.
@@ -454,7 +461,9 @@ func (b *Backend) Progress() float64 {
 type Allocator struct {
 	Limit int // bytes that a graph may take, beyond which Compute returns ErrMemory; 0: what there is
 
-	c *C.struct_ggml_gallocr
+	c        *C.struct_ggml_gallocr
+	huge     unsafe.Pointer // memory that was asked to have huge pages,
+	hugeSize int            // and its size
 }
 
 // NewAllocator makes an allocator on the backend.
@@ -503,12 +512,31 @@ func (b *Backend) prepare(g *Graph, a *Allocator) error {
 	if !bool(C.ggml_gallocr_alloc_graph(a.c, g.c)) {
 		return fmt.Errorf("allocate a graph of %d nodes: %w", g.Nodes(), ErrMemory)
 	}
+	if !b.GPU() {
+		a.hugePages(g)
+	}
 	if err := b.Check(g); err != nil {
 		return err
 	}
 	b.nodes.Store(int32(g.Nodes()))
 	atomic.StoreInt32((*int32)(unsafe.Pointer(&b.watch.nodes)), 0)
 	return nil
+}
+
+// hugePages asks for huge pages under the memory of the graph's own tensors, if it is new. A page of new memory that was
+// written before stays small.
+func (a *Allocator) hugePages(g *Graph) {
+	for i := range g.Nodes() {
+		node := C.ggml_graph_node(g.c, C.int(i))
+		if node.view_src != nil || node.buffer == nil || int(C.ggml_backend_buffer_get_size(node.buffer)) != a.Size() {
+			continue
+		}
+		if base := C.ggml_backend_buffer_get_base(node.buffer); base != a.huge || a.hugeSize != a.Size() {
+			a.huge, a.hugeSize = base, a.Size()
+			hugePages(node.buffer)
+		}
+		return
+	}
 }
 
 // Check returns an error if the backend lacks an operation of the finished graph. Compute checks, too; a graph that is

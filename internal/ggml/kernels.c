@@ -212,18 +212,22 @@ static void op_swiglu(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	hone_swiglu((const float *)dst->src[0]->data + from, (const float *)dst->src[1]->data + from, (float *)dst->data + from, to - from);
 }
 
+void hone_swiglu_back(const float *gate, const float *up, const float *dy, float *dgate, float *dup, int64_t n) {
+	for (int64_t i = 0; i < n; i += W) {
+		vec g = load(gate + i), d = load(dy + i);
+		vec s = 1.f / (1.f + vexp(-g));
+		store(dup + i, d * g * s);
+		store(dgate + i, d * load(up + i) * s * (1.f + g * (1.f - s)));
+	}
+}
+
 static void op_swiglu_back(struct ggml_tensor *dst, int ith, int nth, void *u) {
 	(void)u;
 	const float *gate = dst->src[0]->data, *up = dst->src[1]->data, *dy = dst->src[2]->data;
 	int64_t n = dst->src[0]->ne[0] * dst->src[0]->ne[1], from, to;
 	float *dgate = dst->data, *dup = dgate + n;
 	share(n, W, ith, nth, &from, &to);
-	for (int64_t i = from; i < to; i += W) {
-		vec g = load(gate + i), d = load(dy + i);
-		vec s = 1.f / (1.f + vexp(-g));
-		store(dup + i, d * g * s);
-		store(dgate + i, d * load(up + i) * s * (1.f + g * (1.f - s)));
-	}
+	hone_swiglu_back(gate + from, up + from, dy + from, dgate + from, dup + from, to - from);
 }
 
 // ---- attention over a forest of segments --------------------------------------------------------------------------
@@ -620,6 +624,7 @@ static const ggml_custom_op_t ops[] = {
 	[HONE_CROSS_ENTROPY] = op_cross_entropy, [HONE_SCATTER_ROWS] = op_scatter_rows,
 	[HONE_QUANTIZE] = hone_op_quantize,    [HONE_MATMUL] = hone_op_matmul,       [HONE_PACK] = hone_op_pack,
 	[HONE_NORM_QUANTIZE] = hone_op_norm_quantize,             [HONE_SWIGLU_QUANTIZE] = hone_op_swiglu_quantize,
+	[HONE_SWIGLU_BACK_QUANTIZE] = hone_op_swiglu_back_quantize,
 	[HONE_QUANTIZE_BYTES] = hone_op_quantize_bytes,           [HONE_NORM_QUANTIZE_BYTES] = hone_op_norm_quantize_bytes,
 	[HONE_SWIGLU_QUANTIZE_BYTES] = hone_op_swiglu_quantize_bytes, [HONE_REPACKED_MATMUL] = hone_op_repacked_matmul,
 };

@@ -37,7 +37,8 @@ enum hone_op {
 	HONE_MATMUL,        // (bytes of hone_weights, bytes of hone_activations, residual [M,T] or none; K) -> W x + residual [M,T]
 	HONE_PACK,          // (W [in,out] of any type; transpose) -> bytes of hone_weights of W or of its transpose
 	HONE_NORM_QUANTIZE,         // (x [D,T], gamma [D]; eps) -> HONE_QUANTIZE of HONE_RMS_NORM
-	HONE_SWIGLU_QUANTIZE,       // (gate and up of each token [2F,T]) -> HONE_QUANTIZE of HONE_SWIGLU
+	HONE_SWIGLU_QUANTIZE,       // (gate and up of each token [2F,T], or gate [F,T] and up [F,T]) -> HONE_QUANTIZE of HONE_SWIGLU
+	HONE_SWIGLU_BACK_QUANTIZE,  // (gate, up, dy) -> HONE_QUANTIZE of dgate, then that of dup
 	HONE_QUANTIZE_BYTES,        // (x [K,T]) -> bytes of hone_group
 	HONE_NORM_QUANTIZE_BYTES,   // (x [D,T], gamma [D]; eps) -> HONE_QUANTIZE_BYTES of HONE_RMS_NORM
 	HONE_SWIGLU_QUANTIZE_BYTES, // (gate and up of each token [2F,T]) -> HONE_QUANTIZE_BYTES of HONE_SWIGLU
@@ -54,6 +55,7 @@ enum hone_op {
 float hone_norm_inverse(const float *x, int64_t n, float eps);
 void hone_norm_scale(const float *x, float inverse, const float *gamma, float *y, int64_t n);
 void hone_swiglu(const float *gate, const float *up, float *y, int64_t n);
+void hone_swiglu_back(const float *gate, const float *up, const float *dy, float *dgate, float *dup, int64_t n);
 
 void hone_op_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 

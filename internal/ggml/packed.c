@@ -173,8 +173,9 @@ void hone_op_norm_quantize(struct ggml_tensor *dst, int ith, int nth, void *user
 // hone_op_swiglu_quantize: a thread takes blocks of groups of tokens.
 void hone_op_swiglu_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 	(void)userdata;
-	const struct ggml_tensor *src = dst->src[0];
-	int64_t K = src->ne[0] / 2, T = src->ne[1], blocks = parts(K, B), units = parts(T, G) * blocks;
+	const struct ggml_tensor *src = dst->src[0], *apart = dst->src[1];
+	int64_t stride = src->ne[0], K = apart ? stride : stride / 2, T = src->ne[1], blocks = parts(K, B), units = parts(T, G) * blocks;
+	const float *gates = src->data, *ups = apart ? apart->data : gates + K;
 	struct hone_activations *a = aligned(dst->data);
 	float y[B];
 	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
@@ -185,9 +186,31 @@ void hone_op_swiglu_quantize(struct ggml_tensor *dst, int ith, int nth, void *us
 				put_zeros(a + unit, i, 1);
 				continue;
 			}
-			const float *gate = (const float *)src->data + t * 2 * K + k;
-			hone_swiglu(gate, gate + K, y, n);
+			hone_swiglu(gates + t * stride + k, ups + t * stride + k, y, n);
 			put_values(a + unit, i, y, n);
+		}
+	}
+}
+
+// hone_op_swiglu_back_quantize: a thread takes blocks of groups of tokens of both gradients.
+void hone_op_swiglu_back_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+	(void)userdata;
+	const float *gate = dst->src[0]->data, *up = dst->src[1]->data, *dy = dst->src[2]->data;
+	int64_t K = dst->src[0]->ne[0], T = dst->src[0]->ne[1], blocks = parts(K, B), units = parts(T, G) * blocks;
+	struct hone_activations *dgate = aligned(dst->data), *dup = aligned((char *)dst->data + hone_quantized_bytes(K, T));
+	float g[B], u[B];
+	for (int64_t unit = units * ith / nth; unit < units * (ith + 1) / nth; unit++) {
+		int64_t k = unit % blocks * B, n = K - k < B ? K - k : B;
+		for (int i = 0; i < G; i++) {
+			int64_t t = unit / blocks * G + i, at = t * K + k;
+			if (t >= T) {
+				put_zeros(dgate + unit, i, 1);
+				put_zeros(dup + unit, i, 1);
+				continue;
+			}
+			hone_swiglu_back(gate + at, up + at, dy + at, g, u, n);
+			put_values(dgate + unit, i, g, n);
+			put_values(dup + unit, i, u, n);
 		}
 	}
 }

@@ -38,27 +38,44 @@ func (t Tensor) checkPacked(bytes, row0, n, rows int) {
 	}
 }
 
+func quantizedBytes(in, tokens int) int {
+	return int(C.hone_quantized_bytes(C.int64_t(in), C.int64_t(tokens)))
+}
+
 // Quantize rounds x [K, T] to block floating point with 13-bit mantissas, for one or more PackedMatMul. Elements more
 // than 2^13 times smaller than the largest of their block of 64 vanish, and so do blocks below 1e-34.
 func (x *Context) Quantize(v Tensor) Tensor {
-	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(v.Size(0)), C.int64_t(v.Size(1)))), 1, C.HONE_QUANTIZE, nil, v)
+	return x.customOf(I8, quantizedBytes(v.Size(0), v.Size(1)), 1, C.HONE_QUANTIZE, nil, v)
 }
 
 // NormQuantize is Quantize of RMSNorm of v [D, T], in one node and bit for bit the same; D is a multiple of 16.
 func (x *Context) NormQuantize(v, gamma Tensor, eps float32) Tensor {
-	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(v.Size(0)), C.int64_t(v.Size(1)))), 1, C.HONE_NORM_QUANTIZE, []C.int32_t{param(eps)}, v, gamma)
+	return x.customOf(I8, quantizedBytes(v.Size(0), v.Size(1)), 1, C.HONE_NORM_QUANTIZE, []C.int32_t{param(eps)}, v, gamma)
 }
 
-// SwiGLUQuantize is Quantize of SwiGLU of gate and up, which lie behind one another for each token: gateUp [2F, T], as a
-// product with both matrices stacked leaves them. The bits are those of the two nodes; F is a multiple of 16.
-func (x *Context) SwiGLUQuantize(gateUp Tensor) Tensor {
-	return x.customOf(I8, int(C.hone_quantized_bytes(C.int64_t(gateUp.Size(0)/2), C.int64_t(gateUp.Size(1)))), 1, C.HONE_SWIGLU_QUANTIZE, nil, gateUp)
+// SwiGLUQuantize is Quantize of SwiGLU of gate and up [F, T]. Without up, gate [2F, T] has both behind one another for
+// each token, as a product with both matrices stacked leaves them. The bits are those of the two nodes; F is a multiple
+// of 16.
+func (x *Context) SwiGLUQuantize(gate, up Tensor) Tensor {
+	f := gate.Size(0)
+	if !up.Valid() {
+		return x.customOf(I8, quantizedBytes(f/2, gate.Size(1)), 1, C.HONE_SWIGLU_QUANTIZE, nil, gate)
+	}
+	return x.customOf(I8, quantizedBytes(f, gate.Size(1)), 1, C.HONE_SWIGLU_QUANTIZE, nil, gate, up)
+}
+
+// SwiGLUBackQuantize is Quantize of both gradients of SwiGLU of gate and up [F, T], given dy [F, T], in one node, which
+// is to be added to the graph. The bits are those of the three nodes; F is a multiple of 16.
+func (x *Context) SwiGLUBackQuantize(gate, up, dy Tensor) (dgate, dup, node Tensor) {
+	n := quantizedBytes(gate.Size(0), gate.Size(1))
+	node = x.customOf(I8, 2*n, 1, C.HONE_SWIGLU_BACK_QUANTIZE, nil, gate, up, dy)
+	return x.View(node, 0, n), x.View(node, n, n), node
 }
 
 // PackedMatMul is W x + residual [out, T]: w holds W [out, in] packed, v is Quantize of x [in, T]; residual may be the
 // zero Tensor. The error is about 1e-4 of the norms; the result does not depend on the number of threads.
 func (x *Context) PackedMatMul(w, v, residual Tensor, in, out, tokens int) Tensor {
-	if w.Elements() != PackedBytes(in, out) || v.Elements() != int(C.hone_quantized_bytes(C.int64_t(in), C.int64_t(tokens))) {
+	if w.Elements() != PackedBytes(in, out) || v.Elements() != quantizedBytes(in, tokens) {
 		panic(fmt.Sprintf("ggml: packed product of %d x %d with %d tokens: %d and %d bytes", out, in, tokens, w.Elements(), v.Elements()))
 	}
 	return x.custom(out, tokens, C.HONE_MATMUL, []C.int32_t{C.int32_t(in)}, w, v, residual)

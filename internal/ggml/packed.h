@@ -43,6 +43,7 @@ void hone_pack_transpose(const float *src, void *dst, int64_t row0, int64_t n, i
 void hone_op_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void hone_op_norm_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void hone_op_swiglu_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+void hone_op_swiglu_back_quantize(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void hone_op_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 #endif

@@ -239,7 +239,11 @@ func TestFusedQuantize(t *testing.T) {
 			h := newHarness(t, threads)
 			v, g, gu := h.floats(x, s.in, s.tokens), h.floats(gamma, s.in), h.floats(gateUp, 2*s.in, s.tokens)
 			norm := h.add(h.x.RMSNorm(v, g, 1e-5))
-			swiglu := h.add(h.x.SwiGLU(h.floats(gate, s.in, s.tokens), h.floats(up, s.in, s.tokens)))
+			gateT, upT := h.floats(gate, s.in, s.tokens), h.floats(up, s.in, s.tokens)
+			swiglu := h.add(h.x.SwiGLU(gateT, upT))
+			dgate, dup, back := h.x.SwiGLUBack(gateT, upT, v)
+			dgateFused, dupFused, backFused := h.x.SwiGLUBackQuantize(gateT, upT, v)
+			h.nodes = append(h.nodes, back, backFused)
 			type pair struct {
 				name        string
 				fused, want Tensor
@@ -248,7 +252,10 @@ func TestFusedQuantize(t *testing.T) {
 				{"norm, bytes", h.x.NormQuantizeBytes(v, g, 1e-5), h.x.QuantizeBytes(norm)},
 				{"swiglu, bytes", h.x.SwiGLUQuantizeBytes(gu), h.x.QuantizeBytes(swiglu)},
 				{"norm, packed", h.x.NormQuantize(v, g, 1e-5), h.x.Quantize(norm)},
-				{"swiglu, packed", h.x.SwiGLUQuantize(gu), h.x.Quantize(swiglu)},
+				{"swiglu, packed", h.x.SwiGLUQuantize(gu, Tensor{}), h.x.Quantize(swiglu)},
+				{"swiglu apart, packed", h.x.SwiGLUQuantize(gateT, upT), h.x.Quantize(swiglu)},
+				{"gradient of gate, packed", dgateFused, h.x.Quantize(dgate)},
+				{"gradient of up, packed", dupFused, h.x.Quantize(dup)},
 			}
 			for _, p := range pairs {
 				h.nodes = append(h.nodes, p.fused, p.want)

@@ -23,6 +23,11 @@ type blocks interface {
 
 	// input is x as matmul takes it: computed once, used by every weight of the same layout that multiplies x.
 	input(s *step, w weight, x ggml.Tensor) input
+	// normInput is input of rmsNorm, swigluInput that of swiglu, and swigluBackInputs those of swigluBack, for products that
+	// alone want them.
+	normInput(s *step, w weight, x, gamma ggml.Tensor) input
+	swigluInput(s *step, w weight, gate, up ggml.Tensor) input
+	swigluBackInputs(s *step, w weight, gate, up, dy ggml.Tensor) (dgate, dup input)
 	// hold is w in a form that several products may share.
 	hold(s *step, w weight) weight
 	// matmul is W x, plus residual if that is valid.

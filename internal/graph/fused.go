@@ -24,12 +24,39 @@ func (fused) memory() int { return 0 }
 
 func (fused) close() {}
 
+// rounds says whether a product with w takes its input in block floating point.
+func rounds(w weight) bool { return w.kind == Packed || w.kind == Stored }
+
 func (fused) input(s *step, w weight, x ggml.Tensor) input {
 	in := input{x, x.Size(1)}
-	if w.kind == Packed || w.kind == Stored {
+	if rounds(w) {
 		in.t = s.add(s.ctx.Quantize(x))
 	}
 	return in
+}
+
+func (f fused) normInput(s *step, w weight, x, gamma ggml.Tensor) input {
+	if !rounds(w) {
+		return f.input(s, w, f.rmsNorm(s, x, gamma))
+	}
+	return input{s.add(s.ctx.NormQuantize(x, gamma, s.Epsilon)), x.Size(1)}
+}
+
+func (f fused) swigluInput(s *step, w weight, gate, up ggml.Tensor) input {
+	if !rounds(w) {
+		return f.input(s, w, f.swiglu(s, gate, up))
+	}
+	return input{s.add(s.ctx.SwiGLUQuantize(gate, up)), gate.Size(1)}
+}
+
+func (f fused) swigluBackInputs(s *step, w weight, gate, up, dy ggml.Tensor) (dgate, dup input) {
+	if !rounds(w) {
+		g, u := f.swigluBack(s, gate, up, dy)
+		return f.input(s, w, g), f.input(s, w, u)
+	}
+	g, u, node := s.ctx.SwiGLUBackQuantize(gate, up, dy)
+	s.add(node)
+	return input{g, gate.Size(1)}, input{u, gate.Size(1)}
 }
 
 func (fused) hold(s *step, w weight) weight {

@@ -191,6 +191,19 @@ func (p *plain) input(s *step, w weight, x ggml.Tensor) input {
 	return in
 }
 
+func (p *plain) normInput(s *step, w weight, x, gamma ggml.Tensor) input {
+	return p.input(s, w, p.rmsNorm(s, x, gamma))
+}
+
+func (p *plain) swigluInput(s *step, w weight, gate, up ggml.Tensor) input {
+	return p.input(s, w, p.swiglu(s, gate, up))
+}
+
+func (p *plain) swigluBackInputs(s *step, w weight, gate, up, dy ggml.Tensor) (dgate, dup input) {
+	g, u := p.swigluBack(s, gate, up, dy)
+	return p.input(s, w, g), p.input(s, w, u)
+}
+
 func (*plain) hold(_ *step, w weight) weight { return w }
 
 // Sums are added to the graph by what uses them, so that those of several terms stand one after the other: CUDA computes

@@ -312,7 +312,7 @@ func (b *builder) rest(i int, x, attended ggml.Tensor, name slotName) ggml.Tenso
 		hidden = b.add(b.x.SwiGLURows(y[0], y[len(y)-1], f), "swiglu", 16*f, slotHidden)
 		rounded = b.round(hidden, l.down)
 	case l.down.form.packed:
-		rounded = b.add(b.x.SwiGLUQuantize(y[0]), "swiglu round", 20*f, slotRounded)
+		rounded = b.add(b.x.SwiGLUQuantize(y[0], ggml.Tensor{}), "swiglu round", 20*f, slotRounded)
 	default:
 		rounded = b.add(b.x.SwiGLUQuantizeBytes(y[0]), "swiglu round", 20*f, slotRounded)
 	}

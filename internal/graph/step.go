@@ -387,8 +387,22 @@ func (s *step) headsBack(layer int, m Module, dy ggml.Tensor, count int, save sa
 func (s *step) forward(i int, x ggml.Tensor, save *saved) ggml.Tensor {
 	save.x = x
 	s.inner(i, save)
+	w := s.layers[i].linears[Down].w
+	if !s.lora.trains(i, Down) {
+		return s.linear(i, Down, ggml.Tensor{}, s.blocks.swigluInput(s, w, save.gate, save.up), save.middle, save)
+	}
 	hidden := s.blocks.swiglu(s, save.gate, save.up)
-	return s.linear(i, Down, hidden, s.blocks.input(s, s.layers[i].linears[Down].w, hidden), save.middle, save)
+	return s.linear(i, Down, hidden, s.blocks.input(s, w, hidden), save.middle, save)
+}
+
+// normed is the norm of x as a layer's modules take it: as LoRA does, if one of them is trained, and as matmul does.
+func (s *step) normed(layer int, x, gamma ggml.Tensor, modules ...Module) (ggml.Tensor, input) {
+	w := s.layers[layer].linears[modules[0]].w
+	if !s.lora.trains(layer, modules...) {
+		return ggml.Tensor{}, s.blocks.normInput(s, w, x, gamma)
+	}
+	normed := s.blocks.rmsNorm(s, x, gamma)
+	return normed, s.blocks.input(s, w, normed)
 }
 
 // pruned says whether a layer's output is computed for some positions only.
@@ -397,8 +411,7 @@ func (s *step) pruned(layer int) bool { return s.prune && layer == len(s.layers)
 // inner is the block up to gate and up: all that backward wants to find again follows from save.x.
 func (s *step) inner(i int, save *saved) {
 	l := &s.layers[i]
-	normed := s.blocks.rmsNorm(s, save.x, l.attentionNorm)
-	in := s.blocks.input(s, l.linears[Query].w, normed)
+	normed, in := s.normed(i, save.x, l.attentionNorm, Query, Key, Value)
 	save.q = s.heads(i, Query, normed, in, s.Heads.Query, save)
 	save.k = s.heads(i, Key, normed, in, s.Heads.KeyValue, save)
 	save.v = s.linear(i, Value, normed, in, ggml.Tensor{}, save)
@@ -408,8 +421,7 @@ func (s *step) inner(i int, save *saved) {
 		x, save.attended = s.blocks.pick(s, x, s.taken), s.blocks.pick(s, save.attended, s.taken)
 	}
 	save.middle = s.linear(i, Output, save.attended, s.blocks.input(s, l.linears[Output].w, save.attended), x, save)
-	normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
-	in = s.blocks.input(s, l.linears[Gate].w, normed)
+	normed, in = s.normed(i, save.middle, l.feedForwardNorm, Gate, Up)
 	save.gate = s.linear(i, Gate, normed, in, ggml.Tensor{}, save)
 	save.up = s.linear(i, Up, normed, in, ggml.Tensor{}, save)
 }
@@ -431,12 +443,18 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 		}
 	}
 	dhidden := s.linearBack(i, Down, hidden, dy, ggml.Tensor{}, save, true)
-	dgate, dup := s.blocks.swigluBack(s, save.gate, save.up, dhidden)
+	var dnormed ggml.Tensor
 	if s.lora.trains(i, Gate, Up) {
+		dgate, dup := s.blocks.swigluBack(s, save.gate, save.up, dhidden)
 		normed = s.blocks.rmsNorm(s, save.middle, l.feedForwardNorm)
+		dnormed = s.linearBack(i, Gate, normed, dgate, ggml.Tensor{}, save, true)
+		dnormed = s.linearBack(i, Up, normed, dup, dnormed, save, true)
+	} else {
+		gate, up := l.linears[Gate].wt, l.linears[Up].wt
+		dgate, dup := s.blocks.swigluBackInputs(s, gate, save.gate, save.up, dhidden)
+		dnormed = s.blocks.matmul(s, gate, dgate, ggml.Tensor{})
+		dnormed = s.blocks.matmul(s, up, dup, dnormed)
 	}
-	dnormed := s.linearBack(i, Gate, normed, dgate, ggml.Tensor{}, save, true)
-	dnormed = s.linearBack(i, Up, normed, dup, dnormed, save, true)
 	dmiddle := s.blocks.rmsNormBack(s, save.middle, l.feedForwardNorm, dnormed, dy)
 
 	dattended := s.linearBack(i, Output, save.attended, dmiddle, ggml.Tensor{}, save, true)
@@ -465,8 +483,7 @@ func (s *step) backward(i int, dy ggml.Tensor, save saved) ggml.Tensor {
 // logits are those of a chunk's positions; picked and normed are on the way to them. head is held.
 func (s *step) logits(x ggml.Tensor, c chunk, head weight) (picked, out ggml.Tensor) {
 	picked = s.blocks.pick(s, x, s.ctx.View(s.targets.index, c.fromPosition, c.positions))
-	normed := s.blocks.rmsNorm(s, picked, s.norm)
-	return picked, s.blocks.matmul(s, head, s.blocks.input(s, head, normed), ggml.Tensor{})
+	return picked, s.blocks.matmul(s, head, s.blocks.normInput(s, head, picked, s.norm), ggml.Tensor{})
 }
 
 // losses computes the losses of all targets; logits only where they are needed.
