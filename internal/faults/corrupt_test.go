@@ -117,7 +117,7 @@ func TestCorruptAdapters(t *testing.T) {
 		t.Fatal(err)
 	}
 	children := s.children(t)
-	served := map[string]bool{} // what was answered all the same
+	sound := map[string]bool{} // that hone fsck need not name
 	var refused, harmless int
 	for n := range times {
 		id := fmt.Sprintf("damaged%d", n)
@@ -134,12 +134,12 @@ func TestCorruptAdapters(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.inject(1)
+		sound[id] = file == "manifest.json" // a bit of the name makes it an adapter of another name
 		status, text := s.ask(t, name)
 		code, message := envelopeOf(text)
 		switch {
 		case status == http.StatusOK && file == "manifest.json": // white space, a time
 			harmless++
-			served[id] = true
 		case status == http.StatusOK:
 			t.Errorf("%s was served: %s", what, text)
 		case code == "" || code == "runner_ended" || !strings.Contains(message, id):
@@ -160,11 +160,11 @@ func TestCorruptAdapters(t *testing.T) {
 	s.stop(t)
 	text, code := fsck(t, home)
 	for n := range times {
-		if id := fmt.Sprintf("damaged%d", n); !served[id] && !strings.Contains(text, id+":") && !strings.Contains(text, id+"/") {
+		if id := fmt.Sprintf("damaged%d", n); !sound[id] && !strings.Contains(text, id+":") && !strings.Contains(text, id+"/") {
 			t.Errorf("hone fsck (%d) does not name %s", code, id)
 		}
 	}
-	p.found("%d refused by name, %d changed nothing that matters (a time or white space of the manifest), 0 ends of the runner; `hone fsck` names every refused one", refused, harmless)
+	p.found("%d refused by name, %d changed nothing that matters (a time or white space of the manifest), 0 ends of the runner; `hone fsck` names all whose weights are damaged", refused, harmless)
 }
 
 // TestCorruptModels damages the weights of base models beside a running server.
