@@ -66,6 +66,8 @@ func (a Adapter) CheckBase(digest string) error {
 // Options of Open. The zero value is usable.
 type Options struct {
 	Logger *slog.Logger // default: discards
+	// Removed is called with the id of an adapter whose files are gone; it must not wait. nil: nobody wants to know.
+	Removed func(id string)
 }
 
 // Registry is the set of servable adapters: a directory each, and a row each in the store. Its methods may be called from
@@ -75,6 +77,7 @@ type Registry struct {
 	root   *os.Root
 	store  *store.Store
 	logger *slog.Logger
+	gone   func(id string)
 
 	mu      sync.Mutex
 	byName  map[string]*entry
@@ -108,7 +111,7 @@ func Open(ctx context.Context, dir string, st *store.Store, opts Options) (_ *Re
 	if err != nil {
 		return nil, fmt.Errorf("adapters: %w", err)
 	}
-	r := &Registry{dir: dir, root: root, store: st, logger: opts.Logger, byName: map[string]*entry{}, hidden: map[string]bool{}, strange: map[string]bool{}}
+	r := &Registry{dir: dir, root: root, store: st, logger: opts.Logger, gone: opts.Removed, byName: map[string]*entry{}, hidden: map[string]bool{}, strange: map[string]bool{}}
 	if err := r.load(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("adapters in %s: %w", dir, err), root.Close())
 	}
@@ -431,6 +434,9 @@ func (r *Registry) remove(ctx context.Context, id string) error {
 		return err
 	}
 	delete(r.hidden, id)
+	if r.gone != nil {
+		r.gone(id)
+	}
 	return r.store.RemoveAdapter(ctx, id)
 }
 

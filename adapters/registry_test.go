@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,6 +26,7 @@ type home struct {
 	dir      string
 	store    *store.Store
 	registry *adapters.Registry
+	removed  []string // ids that the registry has told
 }
 
 func openHome(t *testing.T) *home {
@@ -41,7 +43,7 @@ func (h *home) open() {
 	if h.store, err = store.Open(h.t.Context(), h.dir, store.Options{}); err != nil {
 		h.t.Fatal(err)
 	}
-	if h.registry, err = adapters.Open(h.t.Context(), filepath.Join(h.dir, "adapters"), h.store, adapters.Options{}); err != nil {
+	if h.registry, err = adapters.Open(h.t.Context(), filepath.Join(h.dir, "adapters"), h.store, adapters.Options{Removed: func(id string) { h.removed = append(h.removed, id) }}); err != nil {
 		h.t.Fatal(err)
 	}
 }
@@ -205,12 +207,15 @@ func TestDeleteWaitsForUsers(t *testing.T) {
 	}
 	first.Release()
 	first.Release() // does not count twice
-	if !exists(published.GGUF()) {
+	if len(h.removed) > 0 || !exists(published.GGUF()) {
 		t.Error("files are gone while in use")
 	}
 	second.Release()
 	if exists(published.Dir) {
 		t.Error("files are there after the last user")
+	}
+	if !slices.Equal(h.removed, []string{published.ID}) {
+		t.Errorf("removed: %v", h.removed)
 	}
 	h.restart()
 	if names := h.names(); len(names) != 0 {

@@ -237,8 +237,12 @@ func (j *Jobs) attempt(ctx context.Context, working *run, row store.Job) error {
 	if err != nil {
 		return fmt.Errorf("start the trainer: %w", err)
 	}
+	if process, ok := trainer.(interface{ PID() int }); ok {
+		working.process(process.PID())
+	}
 	result := j.follow(ctx, working, &row, trainer)
 	ended := trainer.Wait()
+	working.process(0)
 
 	var reason *JobError
 	var space *spaceError

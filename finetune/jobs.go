@@ -115,6 +115,7 @@ type run struct {
 	counted time.Time
 
 	mu       sync.Mutex
+	pid      int                // of the trainer, 0 while there is none
 	progress child.TrainerEvent // the newest of type progress
 	at       time.Time
 }

@@ -12,7 +12,8 @@ type Stats struct {
 	Jobs          map[Status]int // of every status, also 0
 	Steps         int64          // optimizer steps done, those that were repeated after a resume once
 	TrainedTokens int64
-	Running       []Job // whose trainer runs now
+	Running       []Job          // whose trainer runs now
+	Processes     map[string]int // of these trainers, by job id
 }
 
 // Stats counts the jobs.
@@ -25,8 +26,16 @@ func (j *Jobs) Stats(ctx context.Context) (Stats, error) {
 	for _, status := range []Status{ValidatingFiles, Queued, Running, Succeeded, Failed, Cancelled} {
 		stats.Jobs[status] = totals.ByStatus[string(status)]
 	}
+	stats.Processes = map[string]int{}
 	j.mu.Lock()
 	live := slices.Sorted(maps.Keys(j.live))
+	for id, working := range j.live {
+		working.mu.Lock()
+		if working.pid != 0 {
+			stats.Processes[id] = working.pid
+		}
+		working.mu.Unlock()
+	}
 	j.mu.Unlock()
 	for _, id := range live {
 		job, err := j.Get(ctx, id)
@@ -38,4 +47,11 @@ func (j *Jobs) Stats(ctx context.Context) (Stats, error) {
 		}
 	}
 	return stats, nil
+}
+
+// process notes the process id of the trainer; 0: it has ended.
+func (r *run) process(pid int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.pid = pid
 }

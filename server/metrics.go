@@ -15,6 +15,7 @@ import (
 
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/memory"
 )
 
 // metrics are the numbers of GET /metrics. Labels have few values: routes are patterns, models are base models that are
@@ -171,6 +172,8 @@ var (
 	runnerUp       = stateDesc("hone_runner_ready", "1 of a base model that is in memory, 0 of one that is loading, waiting or does not start.", "model")
 	runnerRequests = stateDesc("hone_runner_requests", "Requests that a base model's process serves, or that wait for it.", "model")
 	runnerMemory   = stateDesc("hone_runner_memory_bytes", "Memory granted to a base model's process.", "model")
+	runnerResident = stateDesc("hone_runner_resident_memory_bytes", "Memory that a base model's process holds, without pages of files.", "model")
+	jobResident    = stateDesc("hone_job_resident_memory_bytes", "Memory that the running job's process holds, without pages of files.", "job_id")
 	queueRunning   = stateDesc("hone_running", "Completions that are being computed.", "model")
 	queueDepth     = stateDesc("hone_queue_depth", "Completions that wait for their turn.", "model")
 	cachePool      = stateDesc("hone_cache_tokens", "Tokens that the key-value cache has room for.", "model")
@@ -211,6 +214,9 @@ func (s *stateCollector) Collect(out chan<- prometheus.Metric) {
 		gauge(runnerUp, ready, model)
 		gauge(runnerRequests, float64(m.Requests), model)
 		gauge(runnerMemory, float64(m.MemoryBytes), model)
+		if own, _, err := memory.Of(m.PID); m.PID != 0 && err == nil { // one that has just ended has none
+			gauge(runnerResident, float64(own), model)
+		}
 	}
 	if s.runners != nil {
 		clear(seen)
@@ -246,6 +252,11 @@ func (s *stateCollector) collectJobs(ctx context.Context, out chan<- prometheus.
 	}
 	out <- prometheus.MustNewConstMetric(jobSteps, prometheus.CounterValue, float64(stats.Steps))
 	out <- prometheus.MustNewConstMetric(jobTokens, prometheus.CounterValue, float64(stats.TrainedTokens))
+	for id, pid := range stats.Processes {
+		if own, _, err := memory.Of(pid); err == nil {
+			gauge(jobResident, float64(own), id)
+		}
+	}
 	for _, job := range stats.Running {
 		p := job.Progress
 		gauge(jobStep, float64(p.Step)+p.Fraction, job.ID)

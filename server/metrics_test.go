@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -35,7 +37,7 @@ func TestMetrics(t *testing.T) {
 			return []child.RunnerStatus{{Model: "smol", Running: 3, Waiting: 2, PoolTokens: 100, FreeTokens: 40}}
 		}
 		o.JobStats = func(context.Context) (finetune.Stats, error) {
-			return finetune.Stats{Jobs: map[finetune.Status]int{finetune.Running: 1, finetune.Failed: 4}, Steps: 70, TrainedTokens: 900, Running: []finetune.Job{{
+			return finetune.Stats{Jobs: map[finetune.Status]int{finetune.Running: 1, finetune.Failed: 4}, Steps: 70, TrainedTokens: 900, Processes: map[string]int{"ftjob-1": os.Getpid()}, Running: []finetune.Job{{
 				ID: "ftjob-1", Progress: finetune.Progress{Step: 10, Fraction: 0.5, TotalSteps: 20, TokensPerSecond: 300, SecondsLeft: 19, TrainLoss: &loss, ValidLoss: &valid},
 			}}}, nil
 		}
@@ -81,6 +83,9 @@ func TestMetrics(t *testing.T) {
 		if got[sample] != want {
 			t.Errorf("%s is %q, want %s", sample, got[sample], want)
 		}
+	}
+	if held, err := strconv.ParseFloat(got[`hone_job_resident_memory_bytes{job_id="ftjob-1"}`], 64); err != nil || held < 1<<20 {
+		t.Errorf("the job's process holds %v, %v", held, err)
 	}
 	if _, ok := got["process_resident_memory_bytes"]; !ok {
 		t.Error("no memory of the process")

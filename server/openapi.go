@@ -174,6 +174,9 @@ func describe(list []operation) (document schema, all *schemas) {
 			responses["200"] = schema{"description": "OK", "content": content}
 		}
 		described := schema{"operationId": op.id, "summary": op.summary, "responses": responses}
+		if routes[op.method+" "+op.path].scopes != nil {
+			described["security"] = []any{schema{"key": []string{}}, schema{}} // or none, where no keys are configured
+		}
 		if parameters != nil {
 			described["parameters"] = parameters
 		}
@@ -195,7 +198,9 @@ func describe(list []operation) (document schema, all *schemas) {
 			"description": "OpenAI's API, served locally, with what hone adds to it in objects named hone and in fields of other local servers.",
 			"license":     schema{"name": "Apache-2.0", "identifier": "Apache-2.0"},
 		},
-		"paths": paths, "components": schema{"schemas": all.components},
+		"paths": paths, "components": schema{"schemas": all.components, "securitySchemes": schema{
+			"key": schema{"type": "http", "scheme": "bearer", "description": "An API key. A server without configured keys needs none."},
+		}},
 	}, all
 }
 

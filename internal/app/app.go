@@ -114,7 +114,14 @@ func (a *App) Start(ctx context.Context) (err error) {
 		return err
 	}
 	bases := baseModels{modelStore}
-	if a.registry, err = adapters.Open(ctx, filepath.Join(a.cfg.DataDir, "adapters"), a.state, adapters.Options{Logger: a.opts.Logger}); err != nil {
+	if a.registry, err = adapters.Open(ctx, filepath.Join(a.cfg.DataDir, "adapters"), a.state, adapters.Options{
+		Logger: a.opts.Logger,
+		Removed: func(id string) {
+			if a.runners != nil { // else the registry is opened, and no runner has any
+				a.runners.UnloadAdapter(id)
+			}
+		},
+	}); err != nil {
 		return err
 	}
 	sockets, err := a.socketDir()

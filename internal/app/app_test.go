@@ -79,6 +79,9 @@ func smallRunner(in *bufio.Reader) int {
 	}()
 	_ = json.NewEncoder(os.Stdout).Encode(child.RunnerEvent{Type: "ready", ContextTokens: 64})
 	_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/adapters/unload" {
+			return
+		}
 		if r.URL.Path == "/status" {
 			_ = json.NewEncoder(w).Encode(child.RunnerStatus{PoolTokens: 64, FreeTokens: 60})
 			return

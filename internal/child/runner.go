@@ -211,6 +211,19 @@ func (r *Runner) Generate(ctx context.Context, req GenerateRequest) iter.Seq2[Ge
 	}
 }
 
+// UnloadAdapter frees an adapter's weights, if the runner has them, and what it has computed with them.
+func (r *Runner) UnloadAdapter(ctx context.Context, id string) error {
+	resp, err := r.post(ctx, "/adapters/unload", map[string]string{"id": id})
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the runner answered %s", resp.Status)
+	}
+	return nil
+}
+
 // Embed returns the vectors of the request's inputs. Errors are those of Generate.
 func (r *Runner) Embed(ctx context.Context, req EmbedRequest) (EmbedResponse, error) {
 	var resp EmbedResponse

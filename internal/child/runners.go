@@ -660,6 +660,31 @@ func loadProgress(base Base, pid int) (loaded, total int64) {
 	return loaded, total
 }
 
+// unloadTimeout is for a runner between two long batches.
+const unloadTimeout = 10 * time.Second
+
+// UnloadAdapter lets runners forget an adapter that was deleted, once nobody uses it there. It does not wait.
+func (r *Runners) UnloadAdapter(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopping != nil {
+		return
+	}
+	for l := range r.lives {
+		if l.state != Ready || l.runner == nil || l.runner.ended() {
+			continue
+		}
+		runner := l.runner
+		r.work.Go(func() {
+			ctx, cancel := context.WithTimeout(r.ctx, unloadTimeout)
+			defer cancel()
+			if err := runner.UnloadAdapter(ctx, id); err != nil && r.ctx.Err() == nil {
+				r.opts.Logger.Warn("unload a deleted adapter; it goes when its memory is needed", "adapter_id", id, "error", err)
+			}
+		})
+	}
+}
+
 // Stop refuses new completions and ends all runners: softly until ctx ends, then at once. It returns when they are gone.
 func (r *Runners) Stop(ctx context.Context) {
 	r.mu.Lock()
