@@ -115,18 +115,22 @@ func deviate(t *testing.T) func(root map[string]any) {
 // server is a running hone with the default model, and a client whose every answer is validated.
 type server struct {
 	t       *testing.T
+	app     *app.App
 	url     string
 	client  *http.Client
 	checker *checker
 }
 
-func start(t *testing.T) *server {
+func start(t *testing.T, changes ...func(*configs.Config)) *server {
 	t.Helper()
 	cfg, err := configs.Default()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg.DataDir, cfg.Port, cfg.DefaultModel = t.TempDir(), 0, ""
+	for _, change := range changes {
+		change(&cfg)
+	}
 	modelStore, err := models.Open(filepath.Join(cfg.DataDir, "models"), models.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -150,7 +154,7 @@ func start(t *testing.T) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{t: t, url: "http://" + a.Addr(), checker: &checker{t: t, documents: []*document{openai}}}
+	s := &server{t: t, app: a, url: "http://" + a.Addr(), checker: &checker{t: t, documents: []*document{openai}}}
 	s.client = &http.Client{Transport: s.checker}
 	own, err := newDocument(ownDocument, "", s.send(http.StatusOK, http.MethodGet, "/openapi.json", "").body)
 	if err != nil {
