@@ -66,6 +66,14 @@ func (c *completion) read(q *sequence, outputs [][]float32) (finished bool, spaw
 	return finished, spawned
 }
 
+// foreseen implements foreseer: the next mask.
+func (c *completion) foreseen() <-chan struct{} {
+	if c.constraint == nil {
+		return nil
+	}
+	return c.constraint.computing
+}
+
 // begin reports the prompt, as the first completion has computed it.
 func (c *completion) begin(first *completion) {
 	if first.echo != nil {

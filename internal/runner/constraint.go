@@ -251,8 +251,8 @@ func (g *compiled) close() {
 type constraint struct {
 	grammar *llguidance.Constraint
 
-	computing sync.WaitGroup
-	started   bool // Start was called and Mask was not
+	computing chan struct{} // closed when mask and err are set; nil before the first Start
+	started   bool          // Start was called and Mask was not
 	mask      []uint32
 	err       error
 }
@@ -263,14 +263,19 @@ func (c *constraint) Start() {
 		return
 	}
 	c.started = true
-	c.computing.Go(func() { c.mask, c.err = c.grammar.Mask() })
+	computing := make(chan struct{})
+	c.computing = computing
+	go func() {
+		defer close(computing)
+		c.mask, c.err = c.grammar.Mask()
+	}()
 }
 
 // Mask returns the tokens that may come next (bit t%32 of word t/32 is 1), waiting for what Start began. It is valid
 // until the next Start or Mask and must not be changed. The error is a *child.Error of this completion alone.
 func (c *constraint) Mask() ([]uint32, error) {
 	c.Start()
-	c.computing.Wait()
+	<-c.computing
 	c.started = false
 	if c.err != nil {
 		return nil, stuck(c.err)
@@ -301,7 +306,9 @@ func (c *constraint) Stopped() bool { return c.grammar.Stopped() }
 // Close frees the constraint, waiting for a mask being computed. It may be called more than once, and for nil.
 func (c *constraint) Close() {
 	if c != nil {
-		c.computing.Wait()
+		if c.computing != nil {
+			<-c.computing
+		}
 		_ = c.grammar.Close() // frees memory
 	}
 }

@@ -516,9 +516,9 @@ func argmax(logits []float32, mask []uint32) engine.Token {
 		return engine.Token(best)
 	}
 	for i, word := range mask {
-		if word == math.MaxUint32 && i*32+32 <= len(logits) {
+		if bits.OnesCount32(word) > 8 && i*32+32 <= len(logits) {
 			for j, logit := range logits[i*32 : i*32+32] {
-				if logit > top {
+				if logit > top && word>>j&1 == 1 { // the first is seldom true, so the second costs nothing
 					best, top = i*32+j, logit
 				}
 			}

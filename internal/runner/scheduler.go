@@ -21,6 +21,10 @@ const (
 	sharedPrefix = 16
 	// outputBytes bounds the logits of one batch where those of every token are wanted.
 	outputBytes = 64 << 20
+	// maskPatience bounds how long a batch waits for the masks of the tokens after it. Most take some 30 µs: computed beside
+	// the batch, they would take a core from one of the decoder's threads, for which the others then wait. A slow one must
+	// not hold up other streams and is computed beside the batch all the same.
+	maskPatience = 400 * time.Microsecond
 )
 
 var errNoToken = errors.New("the constraint allows no token of the model's vocabulary")
@@ -721,6 +725,7 @@ func (s *scheduler) read(parts []part) {
 		}
 	}
 	reading.Wait()
+	s.foresee(parts)
 
 	finished := map[*sequence]bool{}
 	for i, p := range parts {
@@ -746,6 +751,29 @@ func (s *scheduler) read(parts []part) {
 	}
 	if len(finished) > 0 {
 		s.remove(func(q *sequence) bool { return finished[q] })
+	}
+}
+
+// foresee waits a little for what readers compute in the background.
+func (s *scheduler) foresee(parts []part) {
+	var enough <-chan time.Time
+	for _, p := range parts {
+		f, ok := p.sequence.reader.(foreseer)
+		if !ok {
+			continue
+		}
+		done := f.foreseen()
+		if done == nil {
+			continue
+		}
+		if enough == nil {
+			enough = time.After(maskPatience)
+		}
+		select {
+		case <-done:
+		case <-enough:
+			return
+		}
 	}
 }
 

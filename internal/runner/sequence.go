@@ -80,6 +80,12 @@ type reader interface {
 	read(q *sequence, outputs [][]float32) (finished bool, spawned []*sequence)
 }
 
+// foreseer is a reader that goes on in the background, between two reads.
+type foreseer interface {
+	// foreseen is closed when that is done; nil if there is nothing.
+	foreseen() <-chan struct{}
+}
+
 // outbox holds what the completions of a request have to say and its reader has not taken yet, joined to one event for
 // each: a slow reader never holds up the batch, and what it leaves is bounded by the context.
 type outbox struct {
