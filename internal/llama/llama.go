@@ -106,17 +106,20 @@ func honeLlamaLog(level C.uint, text *C.char) {
 	}
 }
 
-// severityOf returns the level that a message of the library is logged with: debug for warnings that every context
-// gives and nobody can act on.
+// severityOf returns the level that a message of the library is logged with: debug for those that nobody can or need act
+// on.
 //
 //   - n_ctx_seq is larger, or smaller, than the context that the model was trained with. Where sequences share the cells,
 //     n_ctx_seq is all of them, 16,384 in the runner, and does not say how long a sequence becomes. That is for the caller
 //     to limit and to warn about.
 //   - Graph reuse is disabled: by Open, on purpose.
+//   - A computation ended with GGML_STATUS_ABORTED (1): by Abort, on purpose.
 func severityOf(level slog.Level, line string) slog.Level {
 	expected := strings.Contains(line, ": n_ctx_seq (") && strings.Contains(line, " n_ctx_train (") ||
 		strings.HasSuffix(line, ": graph reuse disabled")
-	if level == slog.LevelWarn && expected {
+	aborted := strings.HasSuffix(line, "failed to compute graph, compute status: 1") ||
+		strings.HasSuffix(line, "ggml_backend_sched_graph_compute_async failed with error 1")
+	if level == slog.LevelWarn && expected || level == slog.LevelError && aborted {
 		return slog.LevelDebug
 	}
 	return level
