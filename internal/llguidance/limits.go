@@ -19,7 +19,8 @@ const (
 	maxDepth      = 64 // of a JSON schema's values
 	maxSchema     = 256 << 10
 	maxRegex      = 16 << 10
-	maxLark       = 64 << 10
+	maxLark       = 64 << 10  // without the schemas in it
+	maxLarkJSON   = 256 << 10 // with them: those of 128 tools are long
 	maxChoiceText = 256 << 10 // of all choices together
 )
 
@@ -35,7 +36,7 @@ func Check(kind, text string) error {
 	if i := strings.IndexByte(text, 0); i >= 0 {
 		return refuse("NUL byte at offset %d", i)
 	}
-	limit := map[string]int{KindRegex: maxRegex, KindJSONSchema: maxSchema, KindLark: maxLark}[kind]
+	limit := map[string]int{KindRegex: maxRegex, KindJSONSchema: maxSchema, KindLark: maxLarkJSON}[kind]
 	if len(text) > limit && kind != KindJSONObject && limit > 0 {
 		return refuse("the text has %d bytes, at most %d are allowed", len(text), limit)
 	}
@@ -47,7 +48,7 @@ func Check(kind, text string) error {
 		}
 		cost.regex(text)
 	case KindJSONSchema:
-		schema, err := decodeSchema(strings.NewReader(text))
+		schema, err := decodeSchema(text)
 		if err != nil {
 			return refuse("%v", err)
 		}
@@ -113,18 +114,16 @@ func (c *cost) dearest() string {
 	return "most of it is for " + best
 }
 
-// decodeSchema reads one JSON value of bounded depth.
-func decodeSchema(r io.Reader) (any, error) {
-	d := json.NewDecoder(r)
+// decodeSchema reads a text that is one JSON value of bounded depth.
+func decodeSchema(text string) (any, error) {
+	d := json.NewDecoder(strings.NewReader(text))
 	d.UseNumber()
 	v, err := decodeValue(d, 0)
 	if err != nil {
 		return nil, fmt.Errorf("the schema is no JSON: %w", err)
 	}
-	if _, ok := r.(*strings.Reader); ok {
-		if _, err := d.Token(); err != io.EOF {
-			return nil, fmt.Errorf("the schema is followed by other text")
-		}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, fmt.Errorf("the schema is followed by other text")
 	}
 	return v, nil
 }
@@ -321,19 +320,28 @@ func (c *cost) regex(text string) {
 // lark adds the cost of a Lark grammar.
 func (c *cost) lark(text string) error {
 	c.add("rules", 60*strings.Count(text, "\n")+5*strings.Count(text, "|"))
-	c.regex(text)
+	rest := 0
+	end := 0 // of the last schema: what stands in schemas is counted as theirs, not as regular expressions
 	for _, at := range jsonKeyword.FindAllStringIndex(text, -1) {
-		schema, err := decodeSchema(&unread{strings.NewReader(text[at[1]:])})
+		d := json.NewDecoder(strings.NewReader(text[at[1]:]))
+		d.UseNumber()
+		schema, err := decodeValue(d, 0)
 		if err != nil {
-			return fmt.Errorf("%s at offset %d: %w", text[at[0]:at[1]], at[0], err)
+			return fmt.Errorf("%s at offset %d: the schema is no JSON: %w", text[at[0]:at[1]], at[0], err)
 		}
 		c.schema(schema)
+		if at[0] >= end {
+			c.regex(text[end:at[0]])
+			rest += at[0] - end
+			end = at[1] + int(d.InputOffset())
+		}
+	}
+	c.regex(text[end:])
+	if rest += len(text) - end; rest > maxLark {
+		return fmt.Errorf("the text has %d bytes without the schemas in it, at most %d are allowed", rest, maxLark)
 	}
 	return nil
 }
-
-// unread is a reader whose rest does not have to be JSON.
-type unread struct{ io.Reader }
 
 // gbnf returns the first rule of a grammar in the syntax of llama.cpp and the line it is on, "" if there is none.
 func gbnf(text string) (line int, rule string) {

@@ -568,7 +568,10 @@ func hostileConstraints() map[string]child.Constraint {
 		"terminals": "start: " + lines(1500, "", "/[a-z]*%d[a-z]*%d/ | ", "\"z%d\"\n"), "negations": "start: X\nX: /(.*a.{20})/ & ~/(.*b.{20})/ & ~/(.*c.{20})/\n",
 		"alternatives": "start: " + repeat(`"a" | `, 5000) + `"b"`, "nested grammars": "start: " + repeat("%lark { start: ", 29) + `"a"` + repeat(" }", 29), "lazy": "start: x*\nx[lazy]: /.*a.{20}/\n",
 		"schema inside": `start: %json {"type":"integer","multipleOf":1000003}`, "folded inside": "start: /" + repeat(`[b-\x{10ffff}]`, 1000) + "/i\n", "substrings": `start: %regex {"substring_words":"` + repeat("a b c d e ", 3000) + `"}`,
-		"literal": `start: "` + repeat("a", 60_000) + `"`,
+		"literal":       `start: "` + repeat("a", 60_000) + `"`,
+		"long sequence": "start: " + repeat(`"a" `, 47_000),
+		"long text":     "start: \"" + repeat("ab", 95_000) + "\"",
+		"long choice":   "start: " + repeat(`"ab" | `, 12_000) + `"c"`,
 	} {
 		hostile["lark: "+name] = child.Constraint{Kind: child.ConstraintLark, Text: lark}
 	}
