@@ -83,10 +83,8 @@ func (d *disk) attach() (err error) {
 	if err != nil {
 		return err
 	}
-	root := &fuse.LoopbackRoot{Path: d.back, NewNode: func(root *fuse.LoopbackRoot, _ *fuse.Inode, _ string, _ *syscall.Stat_t) fuse.InodeEmbedder {
-		return &node{LoopbackNode: fuse.LoopbackNode{RootData: root}, disk: d}
-	}}
-	top := &node{LoopbackNode: fuse.LoopbackNode{RootData: root}, disk: d}
+	root := &fuse.LoopbackRoot{Path: d.back}
+	top := &node{LoopbackNode: &fuse.LoopbackNode{RootData: root}, disk: d}
 	root.RootNode = top
 	second := time.Second
 	d.server, err = fuse.Mount(d.mount, top, &fuse.Options{
@@ -292,8 +290,13 @@ func (d *disk) syncFile(path string) error {
 
 // node is a file or directory of a disk.
 type node struct {
-	fuse.LoopbackNode
+	*fuse.LoopbackNode
 	disk *disk
+}
+
+// WrapChild makes a node of every file below.
+func (n *node) WrapChild(_ context.Context, ops fuse.InodeEmbedder) fuse.InodeEmbedder {
+	return &node{LoopbackNode: ops.(*fuse.LoopbackNode), disk: n.disk}
 }
 
 // Fsync is fsync and fdatasync of a file.

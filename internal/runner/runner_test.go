@@ -713,6 +713,13 @@ func TestInvalidAdapter(t *testing.T) {
 			t.Errorf("%s: got %v, want %s", name, err, child.CodeInvalidAdapter)
 		}
 	}
+	whole := &child.Adapter{ID: "changed", Path: filepath.Join(t.TempDir(), "whole.gguf"), SHA256: strings.Repeat("0", 64)}
+	if err := os.WriteFile(whole.Path, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := generate(t.Context(), r, child.GenerateRequest{Messages: chat("Hi"), Adapter: whole}); err == nil || !strings.Contains(err.Error(), "whole.gguf is damaged") {
+		t.Errorf("with another sha256: got %v, want that it is damaged", err)
+	}
 	after := ask(t, r, child.GenerateRequest{Messages: chat("Hi"), MaxTokens: 4, LogProbs: true})
 	if before.Text != after.Text {
 		t.Errorf("after the refusals %q, before %q", after.Text, before.Text)

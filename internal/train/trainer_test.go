@@ -148,19 +148,33 @@ func TestResumeIsBitForBit(t *testing.T) {
 
 // A damaged newest resume state is passed over, with a warning, for the one before.
 func TestDamagedResumeStateIsSkipped(t *testing.T) {
+	for file, damage := range map[string]func(data []byte) []byte{
+		stateFile: func(data []byte) []byte {
+			data[len(data)/2] ^= 1
+			return data
+		},
+		manifestFile: func(data []byte) []byte { // a number that only its sha256 betrays
+			return bytes.Replace(data, []byte(`"trained_tokens": `), []byte(`"trained_tokens": 1`), 1)
+		},
+	} {
+		t.Run(file, func(t *testing.T) { skipsDamagedState(t, file, damage) })
+	}
+}
+
+func skipsDamagedState(t *testing.T, file string, damage func(data []byte) []byte) {
+	t.Helper()
 	config := tinyJob(t)
 	runJob(t, config, 4)
 	states, err := statesIn(config.Dir)
 	if err != nil || len(states) != keptStates {
 		t.Fatalf("resume states %v, %v: expected %d", states, err, keptStates)
 	}
-	path := filepath.Join(states[0], stateFile)
+	path := filepath.Join(states[0], file)
 	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	data[len(data)/2] ^= 1
-	if err := os.WriteFile(path, data, 0o600); err != nil {
+	if err := os.WriteFile(path, damage(data), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	config.ResumeFrom, config.Dir = []string{config.Dir}, config.Dir+"-2"
