@@ -250,7 +250,9 @@ func TestPowerLoss(t *testing.T) {
 		"after the start, the database is whole, all that was answered with 200 is there with its sha256, `hone fsck` is content, and jobs end with the same weights")
 	const cuts = 21
 	d := newDisk(t)
-	want := undisturbed(t, diskJob())
+	options := diskJob()
+	options["num_train_epochs"] = 1 // more jobs are created, and end
+	want := undisturbed(t, options)
 	random := random(t)
 	addModel(t, d.mount, "../train/testdata/tiny-llama-q4_1.gguf", tiny)
 	a := &acknowledged{files: map[string]string{}, deleted: map[string]bool{}, counts: map[string]int{}}
@@ -283,7 +285,7 @@ func TestPowerLoss(t *testing.T) {
 			}
 		}
 		if unfinished < 1 {
-			j := s.train(t, file, diskJob())
+			j := s.train(t, file, options)
 			a.add("jobs", func() { a.jobs = append(a.jobs, j.ID) })
 		}
 		time.Sleep(time.Duration(20+random.IntN(1500)) * time.Millisecond)
