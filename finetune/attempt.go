@@ -347,7 +347,7 @@ func (j *Jobs) config(ctx context.Context, row store.Job) (child.TrainerConfig, 
 	config := child.TrainerConfig{
 		JobID: row.ID, Attempt: row.Attempt, ModelDir: modelDir, BaseModel: row.Model, BaseDigest: digest,
 		AdapterID: row.AdapterID, AdapterName: row.AdapterName, Seed: row.Seed, Threads: j.opts.Threads,
-		Method: row.Method, CacheDir: j.opts.CacheDir, MemoryBytes: j.opts.MemoryBytes,
+		Method: row.Method, ReportedStep: row.Step, CacheDir: j.opts.CacheDir, MemoryBytes: j.opts.MemoryBytes,
 	}
 	if err := json.Unmarshal(row.Options, &config.Options); err != nil {
 		return config, fmt.Errorf("options: %w", err)

@@ -240,12 +240,13 @@ type TrainerConfig struct {
 	Attempt        int          `json:"attempt"`
 	ModelDir       string       `json:"model_dir"` // models/<name> of the base model
 	BaseModel      string       `json:"base_model"`
-	BaseDigest     string       `json:"base_digest"`     // sha256 of base.gguf, hex
-	TrainingFile   string       `json:"training_file"`   // path of the JSONL
-	ValidationFile string       `json:"validation_file"` // "" if none
-	Dir            string       `json:"dir"`             // jobs/<id>/a<attempt>: resume states are written here
-	ResumeFrom     []string     `json:"resume_from"`     // directories of earlier attempts, newest first; the first valid resume state in them is taken
-	AdapterDir     string       `json:"adapter_dir"`     // where the finished adapter goes: adapter.gguf, PEFT copy, manifest.json last
+	BaseDigest     string       `json:"base_digest"`             // sha256 of base.gguf, hex
+	TrainingFile   string       `json:"training_file"`           // path of the JSONL
+	ValidationFile string       `json:"validation_file"`         // "" if none
+	Dir            string       `json:"dir"`                     // jobs/<id>/a<attempt>: resume states are written here
+	ResumeFrom     []string     `json:"resume_from"`             // directories of earlier attempts, newest first; the first valid resume state in them is taken
+	ReportedStep   int          `json:"reported_step,omitempty"` // the last step that the server knows of; later ones that a resume state has are reported again
+	AdapterDir     string       `json:"adapter_dir"`             // where the finished adapter goes: adapter.gguf, PEFT copy, manifest.json last
 	AdapterID      string       `json:"adapter_id"`
 	AdapterName    string       `json:"adapter_name"` // ft:<base>:local:<suffix>:<id>
 	Seed           int64        `json:"seed"`

@@ -127,5 +127,5 @@ func (t *trainer) evaluate(ctx context.Context) (stop bool, err error) {
 	}
 	t.metric = &metric
 	e.Best, stop = t.selection.evaluated(metric, t.step, t.plan)
-	return stop, t.emit(e)
+	return stop, t.report(e)
 }

@@ -90,7 +90,11 @@ func (t *trainer) prepare(ctx context.Context) (*resumeState, error) {
 }
 
 func (t *trainer) emitPlan() error {
-	return t.emit(child.TrainerEvent{Type: child.EventPlan, Plan: &t.plan, Step: t.step, TotalSteps: t.plan.TotalSteps})
+	err := t.emit(child.TrainerEvent{Type: child.EventPlan, Plan: &t.plan, Step: t.step, TotalSteps: t.plan.TotalSteps})
+	if err != nil {
+		return err
+	}
+	return t.reportAgain()
 }
 
 // readStart reads the adapter to go on from; nil if there is none.

@@ -33,19 +33,20 @@ const (
 
 // resumeState is state.json.
 type resumeState struct {
-	Version       int             `json:"version"`
-	JobID         string          `json:"job_id"`
-	BaseDigest    string          `json:"base_digest"`
-	Rows          int             `json:"rows"` // of the training file that are trained on
-	Plan          child.TrainPlan `json:"plan"` // with the layout of the weights
-	Step          int             `json:"step"`
-	TrainedTokens int64           `json:"trained_tokens"`
-	Skipped       int             `json:"skipped"`
-	Evaluated     int             `json:"evaluated"`
-	Window        window          `json:"window"`
-	Selection     selection       `json:"selection"`
-	Checkpoints   []checkpoint    `json:"checkpoints"`
-	StateSHA256   string          `json:"state_sha256"`
+	Version       int                  `json:"version"`
+	JobID         string               `json:"job_id"`
+	BaseDigest    string               `json:"base_digest"`
+	Rows          int                  `json:"rows"` // of the training file that are trained on
+	Plan          child.TrainPlan      `json:"plan"` // with the layout of the weights
+	Step          int                  `json:"step"`
+	TrainedTokens int64                `json:"trained_tokens"`
+	Skipped       int                  `json:"skipped"`
+	Evaluated     int                  `json:"evaluated"`
+	Window        window               `json:"window"`
+	Selection     selection            `json:"selection"`
+	Checkpoints   []checkpoint         `json:"checkpoints"`
+	Reported      []child.TrainerEvent `json:"reported,omitempty"`
+	StateSHA256   string               `json:"state_sha256"`
 	// SHA256 is that of state.json with "" here, as it is marshaled: a flipped bit in a number would go unseen otherwise. States of
 	// earlier versions have none.
 	SHA256 string `json:"sha256,omitempty"`
@@ -57,14 +58,14 @@ func (t *trainer) state() resumeState {
 	return resumeState{
 		JobID: t.config.JobID, BaseDigest: t.config.BaseDigest, Rows: t.data.Rows, Plan: t.plan,
 		Step: t.step, TrainedTokens: t.trained, Skipped: t.skipped, Evaluated: t.evaluated,
-		Window: t.window, Selection: t.selection, Checkpoints: t.checkpoints,
+		Window: t.window, Selection: t.selection, Checkpoints: t.checkpoints, Reported: t.reported,
 	}
 }
 
 func (s *resumeState) position() position {
 	return position{
 		step: s.Step, trained: s.TrainedTokens, skipped: s.Skipped, evaluated: s.Evaluated,
-		window: s.Window, selection: s.Selection, checkpoints: s.Checkpoints,
+		window: s.Window, selection: s.Selection, checkpoints: s.Checkpoints, reported: s.Reported,
 	}
 }
 

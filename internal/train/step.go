@@ -175,7 +175,7 @@ func (t *trainer) optimize(ctx context.Context, w work, schedule Schedule) error
 		e.GradNorm = gradientNorm
 	}
 	t.window = window{}
-	return t.emit(e)
+	return t.report(e)
 }
 
 // gradients sums up those of a step's micro-batches. If memory runs out, it halves them and begins again: the step's

@@ -143,7 +143,8 @@ type position struct {
 	evaluated   int   // step of the last evaluation
 	window      window
 	selection   selection
-	checkpoints []checkpoint // oldest first
+	checkpoints []checkpoint         // oldest first
+	reported    []child.TrainerEvent // the latest maxReported of steps and evaluations, oldest first
 }
 
 // spent is the time that did not go into steps.
@@ -186,6 +187,30 @@ func (t *trainer) run(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// maxReported is more than what can be on its way to a server: 64 events in its memory, and pipes and buffers of 64 KiB each.
+const maxReported = 1000
+
+// report emits an event of a step or an evaluation. A server that is killed has not written down what was on its way to it,
+// though a resume state may be of a later step; so the state holds these events, and the next attempt says them again.
+func (t *trainer) report(e child.TrainerEvent) error {
+	t.reported = append(t.reported[max(0, len(t.reported)+1-maxReported):], e)
+	return t.emit(e)
+}
+
+// reportAgain emits what attempts before have reported and the server may not have.
+func (t *trainer) reportAgain() error {
+	for _, e := range t.reported {
+		known := t.config.ReportedStep
+		if e.Step < known || e.Step == known && e.Type == child.EventStep { // the evaluation after it may not be known
+			continue
+		}
+		if err := t.emit(e); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (t *trainer) log(level, format string, args ...any) error {

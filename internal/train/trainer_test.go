@@ -128,16 +128,21 @@ func TestResumeIsBitForBit(t *testing.T) {
 	if len(eventsOf(first, child.EventDone)) != 0 {
 		t.Fatal("the stopped attempt is done")
 	}
-	// The number of threads changes nothing.
+	// The number of threads changes nothing. The server was killed before it had written down more than two steps: the others
+	// are reported again.
 	cut.Attempt, cut.ResumeFrom, cut.Dir, cut.Threads = 2, []string{cut.Dir}, cut.Dir+"-2", 3
+	cut.ReportedStep = 2
 	second := runJob(t, cut, 0)
 	plan := eventsOf(second, child.EventPlan)[0].Plan
 	if plan.ResumedStep < 4 {
 		t.Errorf("resumed at step %d, expected at least 4", plan.ResumedStep)
 	}
-	steps := append(eventsOf(first, child.EventStep), eventsOf(second, child.EventStep)...)
+	steps := append(eventsOf(first, child.EventStep)[:2], eventsOf(second, child.EventStep)...)
 	if diff := cmp.Diff(eventsOf(alone, child.EventStep), steps); diff != "" {
 		t.Errorf("steps (-alone +resumed):\n%s", diff)
+	}
+	if diff := cmp.Diff(eventsOf(alone, child.EventEval), eventsOf(second, child.EventEval)); diff != "" {
+		t.Errorf("evaluations (-alone +resumed):\n%s", diff)
 	}
 	for _, name := range []string{lora.GGUFFile, lora.PEFTWeights} {
 		if digest(t, whole.AdapterDir, name) != digest(t, cut.AdapterDir, name) {
