@@ -233,7 +233,7 @@ func (l *load) probe(ctx context.Context, s *server) {
 	for i, path := range paths {
 		due[i] = make(chan time.Time, 60*l.rate)
 		for range probeConnections / len(paths) {
-			working.Go(func() { l.ping(s, path, due[i]) })
+			working.Go(func() { l.ping(ctx, s, path, due[i]) })
 		}
 	}
 	began := time.Now()
@@ -261,7 +261,7 @@ func (l *load) probe(ctx context.Context, s *server) {
 
 // ping sends a request over one connection for each time that it is handed. It is no http.Client, which would take more of the
 // machine than the server does.
-func (l *load) ping(s *server, path string, due <-chan time.Time) {
+func (l *load) ping(ctx context.Context, s *server, path string, due <-chan time.Time) {
 	var took []time.Duration
 	defer func() {
 		l.mu.Lock()
@@ -269,7 +269,7 @@ func (l *load) ping(s *server, path string, due <-chan time.Time) {
 		l.probes[path] = append(l.probes[path], took...)
 	}()
 	host := strings.TrimPrefix(s.url, "http://")
-	conn, err := net.Dial("tcp", host)
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", host)
 	if err != nil {
 		l.fail("%s: %w", path, err)
 		return

@@ -148,11 +148,17 @@ func (s *soak) look() (now sample) {
 			now.trainer += bytes
 		}
 	}
-	if resp, err := http.Get(s.server.url + "/metrics"); err == nil {
-		text, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		now.goroutines = field(text, "\ngo_goroutines ")
+	req, err := http.NewRequestWithContext(s.ctx, http.MethodGet, s.server.url+"/metrics", http.NoBody)
+	if err != nil {
+		return now
 	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return now
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(resp.Body)
+	now.goroutines = field(text, "\ngo_goroutines ")
 	return now
 }
 
