@@ -91,7 +91,7 @@ func TestBinds(t *testing.T) {
 	p := prove(t, "S15", "addresses that other machines reach, with and without a key", "without a key only loopback addresses are listened on, else the start is refused with the ways out; with a key every request needs it")
 	home := newHome(t)
 	hosts := map[string]bool{"127.0.0.1": true, "127.0.0.2": true, "localhost": true, "0.0.0.0": false, "": false, "::": false, "[::]": false, "::ffff:0.0.0.0": false, "0": false}
-	if l, err := net.Listen("tcp", "[::1]:0"); err == nil {
+	if l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "[::1]:0"); err == nil {
 		l.Close()
 		hosts["::1"] = true
 	}
@@ -135,7 +135,7 @@ func TestBinds(t *testing.T) {
 				if ip := net.ParseIP(strings.Trim(host, "[]")); ip != nil && ip.IsUnspecified() || host == "0" {
 					target = "http://127.0.0.1:" + port + "/v1/models"
 				}
-				if resp, err := http.Get(target); err != nil {
+				if resp, err := get(t.Context(), target); err != nil {
 					t.Errorf("%q: %v", host, err)
 				} else if resp.Body.Close(); resp.StatusCode != http.StatusUnauthorized {
 					t.Errorf("%q with a key answers %s to a request without one", host, resp.Status)

@@ -67,7 +67,7 @@ func (r route) at(id string) string {
 func (s *server) raw(t *testing.T, method, target, body string, headers ...string) (status int, text string) {
 	t.Helper()
 	address := strings.TrimPrefix(s.url, "http://")
-	conn, err := net.DialTimeout("tcp", address, 10*time.Second)
+	conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(t.Context(), "tcp", address)
 	if err != nil {
 		t.Fatalf("the server is gone: %v", err)
 	}
@@ -1085,7 +1085,7 @@ func TestMarkup(t *testing.T) {
 	paths := []string{"/v1/files", "/v1/files/" + file, "/v1/files/" + file + "/content", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/" + j.ID, "/v1/fine_tuning/jobs/" + j.ID + "/events",
 		"/v1/models", "/v1/models/%3Cimg%20src=x%20onerror=alert(1)%3E", "/%3Cscript%3E", "/", "/index.html", "/health", "/ready", "/openapi.json"}
 	for _, path := range paths {
-		resp, err := http.Get(s.url + path)
+		resp, err := get(t.Context(), s.url+path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1185,7 +1185,7 @@ func TestJobFields(t *testing.T) {
 	}
 	err := filepath.WalkDir(v.home, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
-			return nil // it went meanwhile
+			return nil //nolint:nilerr // it went meanwhile
 		}
 		if data, err := os.ReadFile(path); err == nil && bytes.Contains(data, []byte(secret)) {
 			t.Errorf("%s has the secret", path)

@@ -54,7 +54,7 @@ func TestSlowClients(t *testing.T) {
 		}
 	}()
 	open := func(text string) net.Conn {
-		conn, err := net.DialTimeout("tcp", address, 10*time.Second)
+		conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(t.Context(), "tcp", address)
 		if err != nil {
 			t.Fatalf("after %d connections: %v", len(conns), err)
 		}

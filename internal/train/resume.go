@@ -143,7 +143,7 @@ func (s resumeState) write(dir string, parameters []float32, m moments) error {
 	if s.SHA256, err = s.digest(); err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
-	data, err := json.MarshalIndent(s, "", "  ")
+	data, err := json.Marshal(s) // without white space, which the digest would not see
 	if err != nil {
 		return fmt.Errorf("resume state of step %d: %w", s.Step, err)
 	}
