@@ -159,7 +159,7 @@ func TestDamagedResumeStateIsSkipped(t *testing.T) {
 			return data
 		},
 		manifestFile: func(data []byte) []byte { // a number that only its sha256 betrays
-			return bytes.Replace(data, []byte(`"trained_tokens": `), []byte(`"trained_tokens": 1`), 1)
+			return bytes.Replace(data, []byte(`"trained_tokens":`), []byte(`"trained_tokens":1`), 1)
 		},
 	} {
 		t.Run(file, func(t *testing.T) { skipsDamagedState(t, file, damage) })
