@@ -50,6 +50,12 @@ func takeLock(dir string) (*os.File, error) {
 	return file, nil
 }
 
+// freeLock frees the lock that takeLock took and closes its file. Closing alone would not free it at once while another
+// goroutine starts a process: between its fork and its exec the child holds the file too.
+func freeLock(file *os.File) error {
+	return errors.Join(syscall.Flock(int(file.Fd()), syscall.LOCK_UN), file.Close())
+}
+
 func flock(file *os.File) error {
 	for {
 		err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)

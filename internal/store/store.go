@@ -197,7 +197,7 @@ func (s *Store) Close() error {
 			errs = append(errs, s.root.Close())
 		}
 		if s.lock != nil {
-			errs = append(errs, s.lock.Close()) // ends the flock
+			errs = append(errs, freeLock(s.lock))
 		}
 		s.closeErr = errors.Join(errs...)
 	})
