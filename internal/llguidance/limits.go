@@ -2,8 +2,8 @@ package llguidance
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"regexp"
 	"strings"
@@ -116,16 +116,21 @@ func (c *cost) dearest() string {
 
 // decodeSchema reads a text that is one JSON value of bounded depth.
 func decodeSchema(text string) (any, error) {
+	v, n, err := decodePrefix(text)
+	if err == nil && strings.Trim(text[n:], " \t\r\n") != "" {
+		err = errors.New("the schema is followed by other text")
+	}
+	return v, err
+}
+
+// decodePrefix reads the JSON value of bounded depth that a text begins with, and returns its length.
+func decodePrefix(text string) (v any, length int, err error) {
 	d := json.NewDecoder(strings.NewReader(text))
 	d.UseNumber()
-	v, err := decodeValue(d, 0)
-	if err != nil {
-		return nil, fmt.Errorf("the schema is no JSON: %w", err)
+	if v, err = decodeValue(d, 0); err != nil {
+		return nil, 0, fmt.Errorf("the schema is no JSON: %w", err)
 	}
-	if _, err := d.Token(); err != io.EOF {
-		return nil, fmt.Errorf("the schema is followed by other text")
-	}
-	return v, nil
+	return v, int(d.InputOffset()), nil
 }
 
 func decodeValue(d *json.Decoder, depth int) (any, error) {
@@ -323,17 +328,15 @@ func (c *cost) lark(text string) error {
 	rest := 0
 	end := 0 // of the last schema: what stands in schemas is counted as theirs, not as regular expressions
 	for _, at := range jsonKeyword.FindAllStringIndex(text, -1) {
-		d := json.NewDecoder(strings.NewReader(text[at[1]:]))
-		d.UseNumber()
-		schema, err := decodeValue(d, 0)
+		schema, length, err := decodePrefix(text[at[1]:])
 		if err != nil {
-			return fmt.Errorf("%s at offset %d: the schema is no JSON: %w", text[at[0]:at[1]], at[0], err)
+			return fmt.Errorf("%s at offset %d: %w", text[at[0]:at[1]], at[0], err)
 		}
 		c.schema(schema)
 		if at[0] >= end {
 			c.regex(text[end:at[0]])
 			rest += at[0] - end
-			end = at[1] + int(d.InputOffset())
+			end = at[1] + length
 		}
 	}
 	c.regex(text[end:])

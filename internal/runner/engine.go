@@ -140,7 +140,7 @@ func (r *Runner) llamaDecoder(path string, o Options, gpu bool) (engine.Decoder,
 	r.model, r.engine = whole, engineLlama
 	attention := llama.AttentionFlash
 	if gpu {
-		attention = llama.AttentionAuto // make cuda leaves the flash kernels out unless it is told to build them
+		attention = llama.AttentionAuto // a library may be built without the flash kernels (FLASH_ATTENTION)
 	}
 	sequences := sequenceNumbers(o)
 	if whole.Recurrent() { // a state for each
