@@ -288,19 +288,26 @@ type mutant struct {
 	data []byte
 }
 
-// mutants are n ways to mutant a GGUF file's header: counts, versions, lengths, types and values of keys, dimensions, types and
-// offsets of tensors, cuts, and then flipped bits.
-func mutants(t *testing.T, path string, n int, random *rand.Rand) (all []mutant) {
+// opened is a GGUF file, open for the time of the test, and its bytes.
+func opened(t *testing.T, path string) (*gguf.File, []byte) {
 	t.Helper()
-	file, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
 	f, err := gguf.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, data
+}
+
+// mutants are n ways to mutant a GGUF file's header: counts, versions, lengths, types and values of keys, dimensions, types and
+// offsets of tensors, cuts, and then flipped bits.
+func mutants(t *testing.T, path string, n int, random *rand.Rand) (all []mutant) {
+	t.Helper()
+	f, file := opened(t, path)
 	header := f.Size
 	for _, tensor := range f.Tensors {
 		header = min(header, tensor.Offset)
@@ -516,14 +523,7 @@ func TestMutatedAdapters(t *testing.T) {
 	}
 	runner := s.children(t)
 	path := filepath.Join(dir, "adapter.gguf")
-	f, err := gguf.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f, file := opened(t, path)
 	var all []mutant
 	rewrite := func(how string, key func(string, gguf.Value) any, tensor func(*gguf.TensorData)) {
 		var metadata []gguf.KeyValue
@@ -603,7 +603,6 @@ func TestMutatedAdapters(t *testing.T) {
 	}
 	structural := len(all)
 	all = append(all, mutants(t, path, 60-structural, random)...)
-	f.Close()
 	if _, _, err := s.chat(t.Context(), plant(t, dir, "whole", file, nil), "Which one?", 4); err != nil {
 		t.Fatalf("an adapter that is not damaged: %v", err)
 	}
@@ -646,16 +645,7 @@ func TestMutatedAdapters(t *testing.T) {
 
 // TestHeaders gives hone the two headers that brought engines down.
 func TestHeaders(t *testing.T) {
-	path := "../train/testdata/tiny-llama-q4_1.gguf"
-	file, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f, err := gguf.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f, file := opened(t, "../train/testdata/tiny-llama-q4_1.gguf")
 	end := func(tensor gguf.Tensor) int { // of its dimensions
 		name := append(endian.LittleEndian.AppendUint64(nil, uint64(len(tensor.Name))), tensor.Name...)
 		return bytes.Index(file, name) + len(name) + 4 + 8*len(tensor.Shape)
@@ -716,11 +706,7 @@ func TestHeaders(t *testing.T) {
 // variant writes the tiny model with other metadata.
 func variant(t *testing.T, change map[string]any) []byte {
 	t.Helper()
-	f, err := gguf.Open("../train/testdata/tiny-llama-q4_1.gguf")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f, _ := opened(t, "../train/testdata/tiny-llama-q4_1.gguf")
 	var metadata []gguf.KeyValue
 	for _, name := range slices.Sorted(maps.Keys(map[string]gguf.Value(f.Metadata))) {
 		if _, changed := change[name]; !changed {
