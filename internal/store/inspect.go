@@ -101,7 +101,7 @@ func (i *Inspection) Close() error {
 		errs = append(errs, i.root.Close())
 	}
 	if i.lock != nil {
-		errs = append(errs, i.lock.Close())
+		errs = append(errs, freeLock(i.lock))
 	}
 	return errors.Join(errs...)
 }
@@ -193,7 +193,7 @@ func (i *Inspection) Database(ctx context.Context) ([]Finding, error) {
 	if len(said) != 1 || said[0] != "ok" {
 		return damaged(strings.Join(said, "; ")), nil
 	}
-	var version int
+	var version int64
 	if err := i.db.QueryRowContext(ctx, `SELECT max(version_id) FROM goose_db_version WHERE is_applied`).Scan(&version); err != nil {
 		return damaged("its schema has no version: " + err.Error()), nil //nolint:nilerr // damage is a finding
 	}
@@ -204,6 +204,11 @@ func (i *Inspection) Database(ctx context.Context) ([]Finding, error) {
 	if version > newest {
 		return nil, fmt.Errorf("the schema of %s has version %d and this hone knows up to %d: it was written by a newer hone; use that one", DatabaseFile, version, newest)
 	}
+	if err := checkSchema(ctx, i.db, version); errors.Is(err, errDamaged) {
+		return damaged(err.Error()), nil
+	} else if err != nil {
+		return nil, err
+	}
 	return nil, nil
 }
 
@@ -213,12 +218,12 @@ func scanText(row interface{ Scan(...any) error }) (string, error) {
 	return s, err
 }
 
-func newestMigration() (int, error) {
+func newestMigration() (int64, error) {
 	files, err := fs.ReadDir(migrations, "migrations")
 	if err != nil {
 		return 0, err
 	}
-	var version int
+	var version int64
 	_, err = fmt.Sscanf(files[len(files)-1].Name(), "%d_", &version)
 	return version, err
 }
@@ -430,21 +435,28 @@ func (i *Inspection) copyRows(ctx context.Context, to *sql.DB) error {
 	if err := migrate(ctx, to); err != nil {
 		return err
 	}
-	rows, err := to.QueryContext(ctx, `SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' AND name <> 'goose_db_version' ORDER BY rowid`)
+	names := func(db *sql.DB) ([]string, error) {
+		rows, err := db.QueryContext(ctx, `SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' AND name NOT LIKE 'goose_db_versio%' ORDER BY rowid`)
+		if err != nil {
+			return nil, err
+		}
+		return collect(rows, scanText)
+	}
+	tables, err := names(to)
 	if err != nil {
 		return err
 	}
-	tables, err := collect(rows, scanText)
-	if err != nil {
-		return err
+	sources, err := names(i.db)
+	if err != nil || len(sources) != len(tables) { // otherwise they are the same ones, whatever their names are now
+		sources = tables
 	}
 	tx, err := to.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
-	for _, table := range tables { // what a row refers to comes before it
+	for n, table := range tables { // what a row refers to comes before it
 		for _, order := range []string{"", " NOT INDEXED ORDER BY 1 DESC"} {
-			if err := copyTable(ctx, i.db, tx, table, order); err != nil {
+			if err := copyTable(ctx, i.db, tx, quoted(sources[n])+order, table); err != nil {
 				return errors.Join(err, tx.Rollback())
 			}
 		}
@@ -452,10 +464,17 @@ func (i *Inspection) copyRows(ctx context.Context, to *sql.DB) error {
 	return tx.Commit()
 }
 
+// quoted is a name of SQL. A damaged schema may hold any.
+func quoted(name string) string { return `"` + strings.ReplaceAll(name, `"`, `""`) + `"` }
+
 // copyTable copies rows until one cannot be read. An error is one of writing.
-func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order string) error {
-	// #nosec G202 -- a table of ours
-	rows, err := from.QueryContext(ctx, `SELECT * FROM `+table+order) //nolint:rowserrcheck // what cannot be read is left behind
+func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, source, table string) error {
+	own, err := columnsOf(ctx, to, table)
+	if err != nil {
+		return err
+	}
+	// #nosec G202 -- a quoted name
+	rows, err := from.QueryContext(ctx, `SELECT * FROM `+source) //nolint:rowserrcheck // what cannot be read is left behind
 	if err != nil {
 		return context.Cause(ctx)
 	}
@@ -468,8 +487,11 @@ func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order strin
 	for i := range values {
 		into[i] = &values[i]
 	}
-	for i, column := range columns { // a damaged schema may say anything
-		columns[i] = `"` + strings.ReplaceAll(column, `"`, `""`) + `"`
+	if len(columns) == len(own) { // a damaged schema may give them other names
+		columns = own
+	}
+	for i, column := range columns {
+		columns[i] = quoted(column)
 	}
 	// #nosec G202 -- a table of ours, and quoted names
 	insert := `INSERT OR IGNORE INTO ` + table + ` (` + strings.Join(columns, ", ") + `) VALUES (?` + strings.Repeat(", ?", len(columns)-1) + `)`
@@ -479,6 +501,15 @@ func copyTable(ctx context.Context, from *sql.DB, to *sql.Tx, table, order strin
 		}
 	}
 	return context.Cause(ctx)
+}
+
+// columnsOf are the columns of a table of ours, in their order.
+func columnsOf(ctx context.Context, tx *sql.Tx, table string) ([]string, error) {
+	rows, err := tx.QueryContext(ctx, `SELECT name FROM pragma_table_info(?) ORDER BY cid`, table)
+	if err != nil {
+		return nil, err
+	}
+	return collect(rows, scanText)
 }
 
 // hasCode reports whether err is SQLite's with one of these primary result codes.

@@ -89,3 +89,49 @@ func TestDamagedContent(t *testing.T) {
 		}
 	}
 }
+
+// A letter of the schema has become another: SQLite would not see it before a statement fails, or a rule is gone.
+func TestDamagedSchema(t *testing.T) {
+	t.Parallel()
+	for _, change := range [][2]string{{"filename   TEXT", "filenane   TEXT"}, {"failures        INTEGER NOT NULL DEFAULT 0", "failures        INTEGER NOT NULL DEFAULT 1"}} {
+		dir := t.TempDir()
+		st := open(t, dir, store.Options{})
+		kept := create(t, st, "a", "content")
+		if err := st.Close(); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, store.DatabaseFile)
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		damaged := strings.ReplaceAll(string(data), change[0], change[1])
+		if damaged == string(data) {
+			t.Fatalf("the schema has no %q", change[0])
+		}
+		if err := os.WriteFile(path, []byte(damaged), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := store.Open(t.Context(), dir, store.Options{}); err == nil || !strings.Contains(err.Error(), "hone fsck --repair") {
+			t.Errorf("%s: Open = %v; want what to do", change[1], err)
+		}
+		in, err := store.Inspect(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, err := in.Database(t.Context())
+		if err != nil || len(found) != 1 {
+			t.Fatalf("%s: found %+v, %v", change[1], found, err)
+		}
+		if err := found[0].Repair(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := in.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st = open(t, dir, store.Options{})
+		if file, err := st.File(t.Context(), kept.ID); err != nil || file != kept {
+			t.Errorf("%s: after the repair the file is %+v, %v; it was %+v", change[1], file, err, kept)
+		}
+	}
+}

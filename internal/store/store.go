@@ -21,6 +21,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -101,7 +102,7 @@ func Open(ctx context.Context, dir string, opts Options) (_ *Store, err error) {
 	}
 	if err := s.openDatabase(ctx); err != nil {
 		if hasCode(err, sqliteCorrupt, sqliteNotADB) || errors.Is(err, errDamaged) {
-			err = fmt.Errorf("%w: it is damaged; hone fsck --repair saves what can be read of it", err)
+			err = fmt.Errorf("%w; the database is damaged: hone fsck --repair saves what can be read of it", err)
 		}
 		return nil, fmt.Errorf("database %s: %w", filepath.Join(dir, DatabaseFile), err)
 	}
@@ -144,8 +145,8 @@ func (s *Store) openDatabase(ctx context.Context) error {
 	return err
 }
 
-// errDamaged says that a database's pages contradict each other.
-var errDamaged = errors.New("damaged pages")
+// errDamaged says that a database's pages contradict each other, or its schema the migrations.
+var errDamaged = errors.New("damaged")
 
 // quickCheck reads every page, milliseconds for the megabytes that a database has: writing into a damaged one damages more.
 func quickCheck(ctx context.Context, db *sql.DB) error {
@@ -159,13 +160,56 @@ func quickCheck(ctx context.Context, db *sql.DB) error {
 	return nil
 }
 
-// migrate brings a database to today's schema. An error of a migration leaves the one before it.
-func migrate(ctx context.Context, db *sql.DB) error {
+func migrationsOf(db *sql.DB) (*goose.Provider, error) {
 	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return nil, err
+	}
+	return goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true))
+}
+
+// checkSchema returns an error that is errDamaged if the schema of db, of the version given, is not what the migrations make:
+// SQLite does not see that a letter of a column's name or of a CHECK has become another.
+func checkSchema(ctx context.Context, db *sql.DB, version int64) error {
+	fresh, err := sql.Open("sqlite", ":memory:")
 	if err != nil {
 		return err
 	}
-	provider, err := goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true))
+	defer fresh.Close()
+	fresh.SetMaxOpenConns(1) // each has a memory of its own
+	if version > 0 {
+		provider, err := migrationsOf(fresh)
+		if err != nil {
+			return err
+		}
+		if _, err := provider.UpTo(ctx, version); err != nil {
+			return err
+		}
+	}
+	var schemas [2][]string
+	for i, db := range []*sql.DB{fresh, db} {
+		rows, err := db.QueryContext(ctx, `SELECT type || ' ' || name || ' of ' || tbl_name || ': ' || sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' AND tbl_name <> 'goose_db_version'`)
+		if err != nil {
+			return err
+		}
+		if schemas[i], err = collect(rows, scanText); err != nil {
+			return err
+		}
+	}
+	for _, want := range schemas[0] {
+		if !slices.Contains(schemas[1], want) {
+			return fmt.Errorf("%w: its schema lacks the %s", errDamaged, want)
+		}
+	}
+	if version == 0 && len(schemas[1]) > 0 {
+		return fmt.Errorf("%w: its schema has no version", errDamaged)
+	}
+	return nil
+}
+
+// migrate brings a database to today's schema. An error of a migration leaves the one before it.
+func migrate(ctx context.Context, db *sql.DB) error {
+	provider, err := migrationsOf(db)
 	if err != nil {
 		return err
 	}
@@ -175,6 +219,9 @@ func migrate(ctx context.Context, db *sql.DB) error {
 	}
 	if current > target {
 		return fmt.Errorf("its schema has version %d and this hone knows up to %d: it was written by a newer hone; use that one", current, target)
+	}
+	if err := checkSchema(ctx, db, current); err != nil {
+		return err
 	}
 	if _, err := provider.Up(ctx); err != nil {
 		return fmt.Errorf("migrate: %w", err)
