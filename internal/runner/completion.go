@@ -27,8 +27,8 @@ type completion struct {
 	top        int
 
 	echo   []byte               // the prompt's text; nil if it is not wanted
-	scored []child.TokenLogProb // of the prompt's tokens as far as they are computed
-	score  bool                 // they are wanted
+	score  bool                 // the log-probabilities of the prompt's tokens are wanted
+	scored []child.TokenLogProb // these, when all are computed
 	last   []child.TokenLogProb // then also of the token that ended the completion
 	only   bool                 // nothing is sampled
 	next   []*completion        // of the first one: the others, until the prompt is computed
@@ -48,6 +48,9 @@ func (c *completion) read(q *sequence, outputs [][]float32) (finished bool, spaw
 		return false, nil // the prompt goes on
 	}
 	logits := outputs[len(outputs)-1]
+	if c.score && c.written == 0 {
+		c.scored = c.entries(q)
+	}
 	for _, other := range c.next {
 		twin := newSequence(q.request, slices.Clone(q.tokens), other)
 		twin.prompt = q.prompt
@@ -81,23 +84,29 @@ func (c *completion) begin(first *completion) {
 	}
 }
 
-// scorePrompt takes the log-probabilities of the prompt's tokens that come after those whose logits these are.
+// scorePrompt scores the prompt's tokens that come after those whose logits these are.
 func (c *completion) scorePrompt(q *sequence, outputs [][]float32) {
-	if q.from == 0 {
-		first := c.entry(q.tokens[0], child.NoLogProb)
-		c.scored = append(c.scored, first)
+	if q.from == 0 && len(q.scores) == 0 {
+		q.scores = append(q.scores, score{logP: child.NoLogProb})
 	}
 	for i, logits := range outputs {
 		if at := q.from + i + 1; at < q.prompt {
-			c.scored = append(c.scored, c.tokenLogProb(q.tokens[at], logits, func(t engine.Token) (float64, []tokenProbability) {
-				return probabilities(logits, nil, t, c.top)
-			}))
+			logP, top := probabilities(logits, nil, q.tokens[at], c.top)
+			q.scores = append(q.scores, score{logP, top})
 		}
 	}
 }
 
-func (c *completion) tokenLogProb(t engine.Token, logits []float32, of func(engine.Token) (float64, []tokenProbability)) child.TokenLogProb {
-	p, top := of(t)
+// entries returns the log-probabilities of the prompt's tokens.
+func (c *completion) entries(q *sequence) []child.TokenLogProb {
+	entries := make([]child.TokenLogProb, 0, len(q.scores))
+	for i, s := range q.scores {
+		entries = append(entries, c.tokenLogProb(q.tokens[i], s.logP, s.top[:min(c.top, len(s.top))]))
+	}
+	return entries
+}
+
+func (c *completion) tokenLogProb(t engine.Token, p float64, top []tokenProbability) child.TokenLogProb {
 	entry := c.entry(t, p)
 	for _, other := range top {
 		entry.Top = append(entry.Top, c.entry(other.token, other.logP))
@@ -124,9 +133,8 @@ func (c *completion) step(q *sequence, logits []float32) (finished bool) {
 		return true
 	}
 	entry := func() child.TokenLogProb {
-		return c.tokenLogProb(token, logits, func(t engine.Token) (float64, []tokenProbability) {
-			return c.sampler.probabilities(logits, mask, t, c.top)
-		})
+		p, top := c.sampler.probabilities(logits, mask, token, c.top)
+		return c.tokenLogProb(token, p, top)
 	}
 	if c.vocabulary.IsEndOfGeneration(token) {
 		if c.score {

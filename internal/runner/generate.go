@@ -153,7 +153,7 @@ func (r *Runner) completions(ctx context.Context, request *request, req child.Ge
 	}
 	q := newSequence(request, chat.Tokens, first)
 	if first.score {
-		q.from = 0
+		q.from, q.scored, q.alternatives = 0, true, req.TopLogProbs
 	}
 	return q, all, nil
 }

@@ -36,6 +36,7 @@ type node struct {
 	children []*node
 	tokens   []engine.Token // between the parent's end and this node's; not empty but of a root
 	depth    int            // tokens from the root to this node's end
+	scores   []score        // of its first tokens, as far as they are known
 	slots    []*slot        // end here
 	used     int64          // step in which the tokens were used last
 }
@@ -181,6 +182,11 @@ func (r *radix) tidy(n *node) {
 	if len(n.slots) == 0 && len(n.children) == 1 {
 		// Merge with the only child, which keeps its place among its slots' nodes.
 		child := n.children[0]
+		if len(n.scores) == len(n.tokens) {
+			child.scores = slices.Concat(n.scores, child.scores)
+		} else {
+			child.scores = n.scores
+		}
 		child.tokens = slices.Concat(n.tokens, child.tokens)
 		child.parent, child.used = n.parent, max(n.used, child.used)
 		for i, c := range n.parent.children {
@@ -228,6 +234,7 @@ func (n *node) split(first int) *node {
 		}
 	}
 	n.parent, n.tokens = upper, slices.Clone(n.tokens[first:])
+	upper.scores, n.scores = splitScores(n.scores, first)
 	return upper
 }
 

@@ -25,6 +25,18 @@ func TestRadix(t *testing.T) {
 		}
 		model := map[*slot]content{}
 		step := int64(0)
+		// scoreOf is a score that follows from the tokens up to its own.
+		scoreOf := func(a *adapter, tokens []engine.Token, alternatives int) score {
+			h := toyHash(fmt.Sprint(a != nil))
+			for _, token := range tokens {
+				h = toyNext(h, "", token)
+			}
+			s := score{logP: float64(h % 1000)}
+			if len(tokens) > 1 {
+				s.top = make([]tokenProbability, alternatives)
+			}
+			return s
+		}
 		draw := func(label string, min int) []engine.Token {
 			// Three tokens: prefixes are often shared.
 			return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) engine.Token { return engine.Token(rapid.IntRange(1, 3).Draw(t, "token")) }), min, 8).Draw(t, label)
@@ -39,6 +51,9 @@ func TestRadix(t *testing.T) {
 				count := 0
 				for a, root := range r.roots {
 					count += len(root.below(nil))
+					checkScores(t, root, nil, func(tokens []engine.Token, s score) bool {
+						return s.logP == scoreOf(a, tokens, 0).logP
+					})
 					checkNode(t, root, nil, func(s *slot, tokens []engine.Token) {
 						if model[s].adapter != a || !slices.Equal(model[s].tokens, tokens) {
 							t.Fatalf("slot %d ends after %v, want %v", s.number, tokens, model[s].tokens)
@@ -81,6 +96,21 @@ func TestRadix(t *testing.T) {
 					delete(model, s)
 				}
 			},
+			"note": func(t *rapid.T) {
+				s := rapid.SampledFrom(slots).Draw(t, "slot")
+				if s.node == nil {
+					t.Skip()
+				}
+				c, alternatives := model[s], rapid.IntRange(0, 2).Draw(t, "alternatives")
+				var scores []score
+				for i := range rapid.IntRange(1, len(c.tokens)).Draw(t, "n") {
+					scores = append(scores, scoreOf(c.adapter, c.tokens[:i+1], alternatives))
+				}
+				r.note(s, scores)
+				if got := r.scores(c.adapter, c.tokens, alternatives); len(got) < len(scores) {
+					t.Fatalf("of %d scores of %v there are %d", len(scores), c.tokens, len(got))
+				}
+			},
 			"own": func(t *rapid.T) {
 				s := rapid.SampledFrom(slots).Draw(t, "slot")
 				s.owner = rapid.SampledFrom([]*sequence{nil, {}}).Draw(t, "owner")
@@ -114,6 +144,17 @@ func TestRadix(t *testing.T) {
 				if at != nil {
 					if got := model[at.holder()]; got.adapter != a || commonPrefix(got.tokens, tokens) < n {
 						t.Fatalf("the holder of %d tokens of %v holds %v", n, tokens, got.tokens)
+					}
+				}
+				for alternatives := range 3 {
+					scores := r.scores(a, tokens, alternatives)
+					if len(scores) > n {
+						t.Fatalf("%d scores of %d tokens", len(scores), n)
+					}
+					for i, s := range scores {
+						if s.logP != scoreOf(a, tokens[:i+1], 0).logP || i > 0 && len(s.top) < alternatives {
+							t.Fatalf("token %d of %v has the score %+v", i, tokens, s)
+						}
 					}
 				}
 				if s := r.matchWhole(a, tokens); (s == nil) != (whole == 0) || s != nil && (s.owner != nil || s.held() != whole) {
@@ -153,6 +194,22 @@ func TestRadix(t *testing.T) {
 			},
 		})
 	})
+}
+
+// checkScores checks the scores of a subtree.
+func checkScores(t *rapid.T, n *node, before []engine.Token, right func([]engine.Token, score) bool) {
+	tokens := slices.Concat(before, n.tokens)
+	if len(n.scores) > len(n.tokens) {
+		t.Fatalf("a node of %d tokens has %d scores", len(n.tokens), len(n.scores))
+	}
+	for i, s := range n.scores {
+		if !right(tokens[:len(before)+i+1], s) {
+			t.Fatalf("token %d of %v has the score %+v", len(before)+i, tokens, s)
+		}
+	}
+	for _, c := range n.children {
+		checkScores(t, c, tokens, right)
+	}
 }
 
 // checkNode checks the rules of a subtree and calls end for every slot with its tokens.

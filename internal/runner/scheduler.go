@@ -436,14 +436,21 @@ func (s *scheduler) admissible(q *sequence) bool {
 	if s.crowded && slices.ContainsFunc(s.running, goesOn) {
 		return false
 	}
-	if s.whole || q.from < sharedPrefix {
+	wanted, unscored := q.tokens[:q.from], q.scored && len(q.scores) == 0
+	if unscored {
+		wanted = q.tokens[:len(q.tokens)-1]
+	}
+	if s.whole || len(wanted) < sharedPrefix {
 		return true
 	}
-	have, _ := s.cache.match(q.request.adapter, q.tokens[:q.from])
+	have, _ := s.cache.match(q.request.adapter, wanted)
+	if unscored {
+		have = len(s.cache.scores(q.request.adapter, wanted, q.alternatives))
+	}
 	for _, r := range s.running {
 		// Not yet computed there, so the tokens would be computed twice in the same batch.
-		if r.request.adapter == q.request.adapter && r.shared && goesOn(r) {
-			if n := commonPrefix(r.tokens, q.tokens[:q.from]); n > r.slot.held() && n >= have+sharedPrefix {
+		if r.request.adapter == q.request.adapter && r.shared && goesOn(r) && (!unscored || r.scored && r.alternatives >= q.alternatives) {
+			if n := commonPrefix(r.tokens, wanted); n > r.slot.held() && n >= have+sharedPrefix {
 				return false
 			}
 		}
@@ -455,6 +462,11 @@ func (s *scheduler) admissible(q *sequence) bool {
 // else, or one that shares the prefix. It is false if every slot is in use.
 func (s *scheduler) place(q *sequence) bool {
 	a := q.request.adapter
+	if q.scored && len(q.scores) == 0 {
+		// The logits of the last token that has a score are those of the next one's.
+		q.scores = s.cache.scores(a, q.tokens, q.alternatives)
+		q.from = max(0, len(q.scores)-1)
+	}
 	var target *slot
 	common := 0
 	if s.whole {
@@ -725,6 +737,12 @@ func (s *scheduler) read(parts []part) {
 		}
 	}
 	reading.Wait()
+	for i, p := range parts {
+		if q := p.sequence; q.scored && len(outputs[i]) > 0 {
+			s.cache.note(q.slot, q.scores)
+			q.scored = len(q.scores) < q.prompt
+		}
+	}
 	s.foresee(parts)
 
 	finished := map[*sequence]bool{}

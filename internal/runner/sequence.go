@@ -51,6 +51,11 @@ type sequence struct {
 	parent  *sequence   // of a branch, which has a place with it; nil: none
 	joined  func()      // is called when all branches have finished
 
+	// Of a prompt that is to be scored; others have none.
+	scored       bool
+	alternatives int     // for each token
+	scores       []score // of the tokens up to the one at from
+
 	slot     *slot // nil while it waits
 	computed int   // tokens in the slot
 	cached   int   // prompt tokens that the prefix cache had; -1 before the first admission
