@@ -170,7 +170,7 @@ func (s *Server) crossOrigin(c *gin.Context) (answered bool) {
 		return false
 	}
 	header.Set("Access-Control-Allow-Origin", origin)
-	header.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")
+	header.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, "+replayedHeader)
 	if c.Request.Method != http.MethodOptions || c.GetHeader("Access-Control-Request-Method") == "" {
 		return false
 	}

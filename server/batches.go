@@ -37,7 +37,11 @@ func (s *Server) createBatch(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	row, err := s.batches.Create(c.Request.Context(), batch.Spec{
+	ctx, done, err := s.once(c, s.showBatch)
+	if done || err != nil {
+		return err
+	}
+	row, err := s.batches.Create(ctx, batch.Spec{
 		InputFile: req.InputFileID, Endpoint: req.Endpoint, Window: req.CompletionWindow, Metadata: req.Metadata, OutputLifetime: lifetime,
 	})
 	if refused := new(batch.InvalidError); errors.As(err, &refused) {
@@ -65,10 +69,12 @@ func (s *Server) listBatches(c *gin.Context) error {
 	return encode(c, http.StatusOK, page(list, more, func(b wire.Batch) string { return b.ID }))
 }
 
-func (s *Server) getBatch(c *gin.Context) error {
-	row, err := s.batches.Get(c.Request.Context(), c.Param("id"))
+func (s *Server) getBatch(c *gin.Context) error { return s.showBatch(c, c.Param("id")) }
+
+func (s *Server) showBatch(c *gin.Context, id string) error {
+	row, err := s.batches.Get(c.Request.Context(), id)
 	if err != nil {
-		return unknownBatch(err, c.Param("id"))
+		return unknownBatch(err, id)
 	}
 	return encode(c, http.StatusOK, batchToWire(row))
 }

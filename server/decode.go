@@ -30,6 +30,7 @@ func decode(c *gin.Context, dst any, checks ...func(fields map[string]json.RawMe
 	if err != nil {
 		return readError(err, "body")
 	}
+	digest(c, string(body))
 	return decodeJSON(body, dst, checks...)
 }
 

@@ -47,6 +47,8 @@ var errorKinds = []struct {
 	{is(context.DeadlineExceeded), http.StatusGatewayTimeout, "timeout", "", 0},
 	{is(child.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later", stoppingRetry},
 	{is(finetune.ErrStopping), http.StatusServiceUnavailable, "shutting_down", "the server is stopping; send the request again later", stoppingRetry},
+	{is(store.ErrKeyReused), http.StatusUnprocessableEntity, "idempotency_key_reused", "a request for something else had this Idempotency-Key; send what is new with a new key", 0},
+	{is(store.ErrPickle), http.StatusUnsupportedMediaType, "unsupported_media_type", store.ErrPickle.Error(), 0},
 	{is(finetune.ErrNotFound), http.StatusNotFound, "not_found", "", 0},
 	{is(finetune.ErrUnknownModel), http.StatusNotFound, "model_not_found", "", 0},
 	{is(adapters.ErrNotFound), http.StatusNotFound, "model_not_found", "", 0},

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"slices"
@@ -24,6 +25,7 @@ type Files interface {
 	CheckSpace(bytes int64) error // *store.SpaceError
 	Stage(ctx context.Context, r io.Reader) (*store.Staged, error)
 	Discard(blob *store.Staged) error
+	MadeBy(ctx context.Context, i store.Idempotency) (id string, err error) // store.ErrKeyReused
 	AddFile(ctx context.Context, blob *store.Staged, f store.NewFile) (store.File, error)
 	File(ctx context.Context, id string) (store.File, error)
 	OpenFile(ctx context.Context, id string) (store.File, io.ReadSeekCloser, error)
@@ -33,6 +35,7 @@ type Files interface {
 	// Of uploads, *store.UploadError refuses what does not fit.
 	CreateUpload(ctx context.Context, u store.Upload) (store.Upload, error)
 	Upload(ctx context.Context, id string) (store.Upload, error)
+	Part(ctx context.Context, id string) (store.UploadPart, error)
 	PartBytes(ctx context.Context, uploadID string) (int64, error)
 	AddPart(ctx context.Context, uploadID string, blob *store.Staged) (store.UploadPart, error)
 	CompleteUpload(ctx context.Context, id string, partIDs []string, md5 string) (store.Upload, store.File, error)
@@ -91,9 +94,9 @@ type fileForm struct {
 }
 
 // readForm streams the file in the form's field of this name to disk; its size does not matter to memory. It refuses one of
-// more than limit bytes, at once if the request says how long it is. Each field of the form is shown to check when it comes,
-// so that nothing is read in vain. The caller discards the blob.
-func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(name, value string) error) (form fileForm, err error) {
+// more than limit bytes, at once if the request says how long it is. Each field of the form, of the file its name, is shown to check
+// when it comes, so that nothing is read in vain. The file's bytes come through content. The caller discards the blob.
+func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(name, value string) error, content func(io.Reader) io.Reader) (form fileForm, err error) {
 	defer func() {
 		if err != nil && form.blob != nil {
 			err = errors.Join(err, s.files.Discard(form.blob))
@@ -121,6 +124,7 @@ func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(
 	for {
 		part, err := parts.NextPart()
 		if errors.Is(err, io.EOF) {
+			form.digest(c)
 			return form, nil
 		}
 		if err != nil {
@@ -144,15 +148,45 @@ func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(
 			return form, invalid(field, "the form has more than one %s", field)
 		}
 		form.name = part.FileName()
-		content := &uploadReader{r: &fileLimit{r: part, left: limit}}
-		form.blob, err = s.files.Stage(c.Request.Context(), content)
-		if content.err != nil && c.Request.Context().Err() == nil {
-			return form, formError(content.err, field, limit) // the client's fault, not the store's
+		if err := check(field, form.name); err != nil {
+			c.Header("Connection", "close") // rather than reading what is not wanted
+			return form, err
+		}
+		upload := &uploadReader{r: &fileLimit{r: part, left: limit}}
+		form.blob, err = s.files.Stage(c.Request.Context(), content(upload))
+		if upload.err != nil && c.Request.Context().Err() == nil {
+			return form, formError(upload.err, field, limit) // the client's fault, not the store's
 		}
 		if err != nil {
 			return form, err
 		}
 	}
+}
+
+// digest is what a form asks for, however it was cut into parts.
+func (f *fileForm) digest(c *gin.Context) {
+	for _, name := range slices.Sorted(maps.Keys(f.fields)) {
+		digest(c, name, f.fields[name])
+	}
+	if f.blob != nil {
+		digest(c, f.name, f.blob.Digest())
+	}
+}
+
+// pickledEndings are those of files that are pickled, or programs (llamafile).
+var pickledEndings = []string{".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".llamafile"}
+
+// checkEnding refuses the names of files that are code for those who read them. hone reads none, but gives them on.
+func checkEnding(param, name string) error {
+	name = strings.ToLower(strings.TrimRight(name, ". \t"))
+	for _, ending := range pickledEndings {
+		if strings.HasSuffix(name, ending) {
+			e := wrongMedia("files that end in %s are code for whoever reads them, and nothing here needs one: training data is JSONL, and weights are added as GGUF or safetensors with hone models add", ending)
+			e.Param = &param
+			return e
+		}
+	}
+	return nil
 }
 
 // createFile answers POST /v1/files.
@@ -162,6 +196,8 @@ func (s *Server) createFile(c *gin.Context) error {
 	form, err := s.readForm(c, "file", maxFileBytes, func(name, value string) error {
 		var err error
 		switch name {
+		case "file":
+			return checkEnding(name, value)
 		case "purpose":
 			return checkPurpose(value)
 		case "expires_after":
@@ -175,7 +211,7 @@ func (s *Server) createFile(c *gin.Context) error {
 			}
 		}
 		return nil
-	})
+	}, store.NotPickled)
 	if err != nil {
 		return err
 	}
@@ -201,7 +237,11 @@ func (s *Server) createFile(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	file, err := s.files.AddFile(c.Request.Context(), form.blob, store.NewFile{Filename: name, Purpose: purpose, Lifetime: lifetime})
+	ctx, done, err := s.once(c, s.showFile)
+	if done || err != nil {
+		return err
+	}
+	file, err := s.files.AddFile(ctx, form.blob, store.NewFile{Filename: name, Purpose: purpose, Lifetime: lifetime})
 	if err != nil {
 		return err
 	}
@@ -321,10 +361,12 @@ func afterError(err error, after string) error {
 	return err
 }
 
-func (s *Server) getFile(c *gin.Context) error {
-	file, err := s.files.File(c.Request.Context(), c.Param("id"))
+func (s *Server) getFile(c *gin.Context) error { return s.showFile(c, c.Param("id")) }
+
+func (s *Server) showFile(c *gin.Context, id string) error {
+	file, err := s.files.File(c.Request.Context(), id)
 	if err != nil {
-		return unknownFile(err, c.Param("id"))
+		return unknownFile(err, id)
 	}
 	return encode(c, http.StatusOK, fileToWire(file))
 }

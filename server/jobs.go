@@ -39,7 +39,11 @@ func (s *Server) createJob(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
-	job, err := s.jobs.Create(c.Request.Context(), spec)
+	ctx, done, err := s.once(c, s.showJob)
+	if done || err != nil {
+		return err
+	}
+	job, err := s.jobs.Create(ctx, spec)
 	if err != nil {
 		return fmt.Errorf("create job for %q: %w", spec.Model, err)
 	}
@@ -220,8 +224,10 @@ func (s *Server) listJobs(c *gin.Context) error {
 	return encode(c, http.StatusOK, page(list, more, func(j wire.FineTuningJob) string { return j.ID }))
 }
 
-func (s *Server) getJob(c *gin.Context) error {
-	job, err := s.jobs.Get(c.Request.Context(), c.Param("id"))
+func (s *Server) getJob(c *gin.Context) error { return s.showJob(c, c.Param("id")) }
+
+func (s *Server) showJob(c *gin.Context, id string) error {
+	job, err := s.jobs.Get(c.Request.Context(), id)
 	if err != nil {
 		return err
 	}

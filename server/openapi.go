@@ -20,6 +20,7 @@ type operation struct {
 	method, path string // as the route is registered
 	id, summary  string
 	query        []parameter
+	once         bool   // takes the header Idempotency-Key
 	request      any    // a value of the type of the JSON body; nil: there is none
 	form         schema // of a multipart body
 	answer       any    // a value of the type of the JSON answer; nil: bytes of media, and without that an error at any rate
@@ -73,7 +74,7 @@ var operations = []operation{
 	{method: "GET", path: "/v1/models", id: "listModels", summary: "List base and tuned models", answer: wire.List[wire.Model]{}},
 	{method: "GET", path: "/v1/models/*id", id: "retrieveModel", summary: "Retrieve a model", answer: wire.Model{}},
 	{method: "DELETE", path: "/v1/models/*id", id: "deleteModel", summary: "Delete a tuned model, or a base model that nothing needs", answer: wire.Deleted{}},
-	{method: "POST", path: "/v1/files", id: "createFile", summary: "Upload a file", answer: wire.File{}, form: schema{
+	{method: "POST", path: "/v1/files", id: "createFile", once: true, summary: "Upload a file", answer: wire.File{}, form: schema{
 		"type": "object", "required": []string{"purpose", "file"}, "properties": schema{
 			"purpose": schema{"type": "string", "enum": anys(purposes)},
 			"file":    binary,
@@ -87,19 +88,19 @@ var operations = []operation{
 	{method: "GET", path: "/v1/files/:id", id: "retrieveFile", summary: "Retrieve a file's description", answer: wire.File{}},
 	{method: "GET", path: "/v1/files/:id/content", id: "downloadFile", summary: "A file's bytes", media: "application/octet-stream"},
 	{method: "DELETE", path: "/v1/files/:id", id: "deleteFile", summary: "Delete a file", answer: wire.Deleted{}},
-	{method: "POST", path: "/v1/uploads", id: "createUpload", summary: "Begin a file that comes in parts", request: wire.UploadRequest{}, answer: wire.Upload{}},
-	{method: "POST", path: "/v1/uploads/:id/parts", id: "addUploadPart", summary: "Add a part to an upload", answer: wire.UploadPart{}, form: schema{
+	{method: "POST", path: "/v1/uploads", id: "createUpload", once: true, summary: "Begin a file that comes in parts", request: wire.UploadRequest{}, answer: wire.Upload{}},
+	{method: "POST", path: "/v1/uploads/:id/parts", id: "addUploadPart", once: true, summary: "Add a part to an upload", answer: wire.UploadPart{}, form: schema{
 		"type": "object", "required": []string{"data"}, "properties": schema{
 			"data": binary,
 		},
 	}},
-	{method: "POST", path: "/v1/uploads/:id/complete", id: "completeUpload", summary: "Join the parts to a file", request: wire.CompleteUploadRequest{}, answer: wire.Upload{}},
+	{method: "POST", path: "/v1/uploads/:id/complete", id: "completeUpload", once: true, summary: "Join the parts to a file", request: wire.CompleteUploadRequest{}, answer: wire.Upload{}},
 	{method: "POST", path: "/v1/uploads/:id/cancel", id: "cancelUpload", summary: "Give an upload up", answer: wire.Upload{}},
-	{method: "POST", path: "/v1/batches", id: "createBatch", summary: "Answer the requests of a file", request: wire.BatchRequest{}, answer: wire.Batch{}},
+	{method: "POST", path: "/v1/batches", id: "createBatch", once: true, summary: "Answer the requests of a file", request: wire.BatchRequest{}, answer: wire.Batch{}},
 	{method: "GET", path: "/v1/batches", id: "listBatches", summary: "List batches, newest first", query: []parameter{after, limit(100)}, answer: wire.List[wire.Batch]{}},
 	{method: "GET", path: "/v1/batches/:id", id: "retrieveBatch", summary: "Retrieve a batch", answer: wire.Batch{}},
 	{method: "POST", path: "/v1/batches/:id/cancel", id: "cancelBatch", summary: "Let a batch end with the answers that it has", answer: wire.Batch{}},
-	{method: "POST", path: "/v1/fine_tuning/jobs", id: "createFineTuningJob", summary: "Create a fine-tuning job",
+	{method: "POST", path: "/v1/fine_tuning/jobs", id: "createFineTuningJob", once: true, summary: "Create a fine-tuning job",
 		request: wire.FineTuningJobRequest{}, answer: wire.FineTuningJob{}},
 	{method: "POST", path: "/v1/fine_tuning/jobs/dry_run", id: "dryRunFineTuningJob", summary: "What a job of the same request would do",
 		request: wire.FineTuningJobRequest{}, answer: wire.FineTuningDryRun{}},
@@ -159,6 +160,11 @@ func describe(list []operation) (document schema, all *schemas) {
 				parameter["style"], parameter["explode"] = "deepObject", true
 			}
 			parameters = append(parameters, parameter)
+		}
+		if op.once {
+			parameters = append(parameters, schema{"name": idempotencyHeader, "in": "header", "schema": schema{
+				"type": "string", "minLength": 1, "maxLength": maxIdempotencyKeyBytes, "pattern": "^[!-~]+$",
+			}})
 		}
 		content := schema{}
 		responses := schema{"4XX": refused, "5XX": refused}

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -67,6 +68,7 @@ type Server struct {
 
 	computing   atomic.Int64 // users' requests that models compute
 	drain       drain
+	repeatables sync.Map    // keys of requests with an Idempotency-Key that are being answered
 	batchEngine *gin.Engine // of requests of batches
 
 	hosts        []string
@@ -126,6 +128,7 @@ func (s *Server) route() {
 	e.GET("/metrics", s.handle(s.showMetrics))
 	e.GET("/debug/pprof/*name", s.handle(s.profile))
 	v1 := e.Group("/v1")
+	once := s.handle(s.idempotent)
 	v1.POST("/chat/completions", s.compute, s.handle(s.chatCompletion))
 	v1.POST("/completions", s.compute, s.handle(s.completion))
 	v1.POST("/embeddings", s.compute, s.handle(s.embeddings))
@@ -138,20 +141,20 @@ func (s *Server) route() {
 	v1.GET("/models", s.handle(s.listModels))
 	v1.GET("/models/*id", s.handle(s.getModel))
 	v1.DELETE("/models/*id", s.handle(s.deleteModel))
-	v1.POST("/files", s.handle(s.createFile))
+	v1.POST("/files", once, s.handle(s.createFile))
 	v1.GET("/files", s.handle(s.listFiles))
 	v1.GET("/files/:id", s.handle(s.getFile))
 	v1.GET("/files/:id/content", s.handle(s.fileContent))
 	v1.DELETE("/files/:id", s.handle(s.deleteFile))
-	v1.POST("/uploads", s.handle(s.createUpload))
-	v1.POST("/uploads/:id/parts", s.handle(s.createPart))
-	v1.POST("/uploads/:id/complete", s.handle(s.completeUpload))
+	v1.POST("/uploads", once, s.handle(s.createUpload))
+	v1.POST("/uploads/:id/parts", once, s.handle(s.createPart))
+	v1.POST("/uploads/:id/complete", once, s.handle(s.completeUpload))
 	v1.POST("/uploads/:id/cancel", s.handle(s.cancelUpload))
-	v1.POST("/batches", s.handle(s.createBatch))
+	v1.POST("/batches", once, s.handle(s.createBatch))
 	v1.GET("/batches", s.handle(s.listBatches))
 	v1.GET("/batches/:id", s.handle(s.getBatch))
 	v1.POST("/batches/:id/cancel", s.handle(s.cancelBatch))
-	v1.POST("/fine_tuning/jobs", s.handle(s.createJob))
+	v1.POST("/fine_tuning/jobs", once, s.handle(s.createJob))
 	v1.POST("/fine_tuning/jobs/dry_run", s.handle(s.dryRun))
 	v1.GET("/fine_tuning/jobs", s.handle(s.listJobs))
 	v1.GET("/fine_tuning/jobs/:id", s.handle(s.getJob))

@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"fmt"
+	"io"
 	"mime"
 	"net/http"
 	"strings"
@@ -32,6 +33,9 @@ func (s *Server) createUpload(c *gin.Context) error {
 	if err != nil {
 		return invalid("filename", "filename is %.40q, expected the name of a file, of at most %d bytes", req.Filename, maxFilenameBytes)
 	}
+	if err := checkEnding("filename", name); err != nil {
+		return err
+	}
 	if err := checkPurpose(req.Purpose); err != nil {
 		return err
 	}
@@ -45,10 +49,14 @@ func (s *Server) createUpload(c *gin.Context) error {
 	if err != nil {
 		return err
 	}
+	ctx, done, err := s.once(c, s.showUpload)
+	if done || err != nil {
+		return err
+	}
 	if err := s.files.CheckSpace(2 * req.Bytes); err != nil { // the parts, then the file
 		return err
 	}
-	upload, err := s.files.CreateUpload(c.Request.Context(), store.Upload{
+	upload, err := s.files.CreateUpload(ctx, store.Upload{
 		Filename: name, Purpose: req.Purpose, MimeType: req.MimeType, Bytes: req.Bytes, Lifetime: lifetime,
 	})
 	if err != nil {
@@ -75,7 +83,7 @@ func (s *Server) createPart(c *gin.Context) error {
 	if most := 2*upload.Bytes + maxPartBytes; sent > most {
 		return invalid("data", "the parts of the upload %s have %d bytes already, and it was created for %d", id, sent, upload.Bytes)
 	}
-	form, err := s.readForm(c, "data", maxPartBytes, func(string, string) error { return nil })
+	form, err := s.readForm(c, "data", maxPartBytes, func(string, string) error { return nil }, func(r io.Reader) io.Reader { return r })
 	if err != nil {
 		return err
 	}
@@ -86,11 +94,27 @@ func (s *Server) createPart(c *gin.Context) error {
 	if form.blob.Bytes() == 0 {
 		return invalid("data", "the part is empty")
 	}
-	part, err := s.files.AddPart(c.Request.Context(), id, form.blob)
+	ctx, done, err := s.once(c, s.showPart)
+	if done || err != nil {
+		return err
+	}
+	part, err := s.files.AddPart(ctx, id, form.blob)
 	if err != nil {
 		return unknownUpload(err, id)
 	}
-	return encode(c, http.StatusOK, wire.UploadPart{ID: part.ID, Object: "upload.part", CreatedAt: part.CreatedAt, UploadID: id})
+	return encode(c, http.StatusOK, partToWire(part))
+}
+
+func (s *Server) showPart(c *gin.Context, id string) error {
+	part, err := s.files.Part(c.Request.Context(), id)
+	if err != nil {
+		return err
+	}
+	return encode(c, http.StatusOK, partToWire(part))
+}
+
+func partToWire(p store.UploadPart) wire.UploadPart {
+	return wire.UploadPart{ID: p.ID, Object: "upload.part", CreatedAt: p.CreatedAt, UploadID: p.UploadID}
 }
 
 // completeUpload answers POST /v1/uploads/{id}/complete.
@@ -108,12 +132,34 @@ func (s *Server) completeUpload(c *gin.Context) error {
 			return invalid("md5", "md5 is %.40q, expected 32 hexadecimal digits", sum)
 		}
 	}
+	ctx, done, err := s.once(c, s.showUpload)
+	if done || err != nil {
+		return err
+	}
 	id := c.Param("id")
-	upload, file, err := s.files.CompleteUpload(c.Request.Context(), id, req.PartIDs, sum)
+	upload, file, err := s.files.CompleteUpload(ctx, id, req.PartIDs, sum)
 	if err != nil {
 		return unknownUpload(err, id)
 	}
 	return encode(c, http.StatusOK, uploadToWire(upload, new(fileToWire(file))))
+}
+
+// showUpload answers an upload, with its file where it has one that is still there.
+func (s *Server) showUpload(c *gin.Context, id string) error {
+	upload, err := s.files.Upload(c.Request.Context(), id)
+	if err != nil {
+		return unknownUpload(err, id)
+	}
+	var shown *wire.File
+	if upload.FileID != "" {
+		file, err := s.files.File(c.Request.Context(), upload.FileID)
+		if err == nil {
+			shown = new(fileToWire(file))
+		} else if !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	}
+	return encode(c, http.StatusOK, uploadToWire(upload, shown))
 }
 
 // cancelUpload answers POST /v1/uploads/{id}/cancel.

@@ -392,42 +392,69 @@ func filesIn(t *testing.T, home string) (paths []string) {
 // TestServerKilledInUpload kills servers while uploads have sent a part of their bytes.
 func TestServerKilledInUpload(t *testing.T) {
 	const servers, uploads = 10, 10
-	p := prove(t, "R3", "SIGKILL of the server while uploads have sent a random number of their bytes", "no file is listed, and nothing of them is left after the next start")
+	p := prove(t, "R3", "SIGKILL of the server while uploads have sent a random number of their bytes, or all, and wait for the answer", "no file of a part is listed, and nothing of it is left after the next start; sent again, twice, with its Idempotency-Key each upload is one file")
 	home, random := newHome(t), random(t)
 	s := start(t, home)
 	before := filesIn(t, home)
 	content := rows(5000)
 	body := "--b\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n--b\r\n" +
 		"Content-Disposition: form-data; name=\"file\"; filename=\"train.jsonl\"\r\n\r\n" + content + "\r\n--b--\r\n"
-	temporary := 0
+	send := func(s *server, key string, bytes int) net.Conn {
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nIdempotency-Key: %s\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n%s", key, len(body), body[:bytes]); err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	temporary, made := 0, 0
 	for range servers {
 		for i := range uploads {
 			offset := random.IntN(len(body))
 			if i == 0 {
 				offset = len(body) - 1 - random.IntN(20) // within the last boundary
 			}
-			conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", strings.TrimPrefix(s.url, "http://"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			if _, err := fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n%s", len(body), body[:offset]); err != nil {
-				t.Fatal(err)
-			}
+			defer send(s, fmt.Sprint("part-", i), offset).Close()
 			p.inject(1)
 		}
 		time.Sleep(time.Duration(random.Int64N(int64(100 * time.Millisecond))))
+		defer send(s, "whole", len(body)).Close()
+		p.inject(1)
+		time.Sleep(time.Duration(random.Int64N(int64(10 * time.Millisecond))))
 		s.kill()
 		temporary = max(temporary, len(filesIn(t, home))-len(before))
 		s = start(t, home)
 		var list struct{ Data []struct{ ID string } }
 		s.must(t, http.MethodGet, "/v1/files", nil, &list)
-		if len(list.Data) > 0 {
+		if len(list.Data) > 1 {
 			t.Fatalf("files %v are listed", list.Data)
 		}
-		if left := filesIn(t, home); !slices.Equal(left, before) {
+		if len(list.Data) == 1 {
+			made++
+		} else if left := filesIn(t, home); !slices.Equal(left, before) {
 			t.Fatalf("files below the data directory: %v, expected %v", left, before)
 		}
+		for range 2 {
+			for i := range uploads + 1 {
+				key := fmt.Sprint("part-", i)
+				if i == uploads {
+					key = "whole"
+				}
+				conn := send(s, key, len(body))
+				if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || line != "HTTP/1.1 200 OK\r\n" {
+					t.Fatalf("an upload that is sent again: %q, %v", line, err)
+				}
+				conn.Close()
+			}
+		}
+		if s.must(t, http.MethodGet, "/v1/files", nil, &list); len(list.Data) != uploads+1 {
+			t.Fatalf("%d files are listed after %d uploads were sent again twice", len(list.Data), uploads+1)
+		}
+		s.stop(t)
+		home = newHome(t)
+		s = start(t, home)
 	}
 	id := s.upload(t, "train.jsonl", content)
 	if _, text, err := s.do(t.Context(), http.MethodGet, "/v1/files/"+id+"/content", nil, nil); err != nil || text != content {
@@ -436,7 +463,7 @@ func TestServerKilledInUpload(t *testing.T) {
 	if temporary == 0 {
 		t.Error("no kill left a temporary file: the uploads had not begun")
 	}
-	p.found("%d servers were killed with %d uploads each; no file was listed, up to %d temporary files were left and gone after the start; an upload after that is whole", servers, uploads, temporary)
+	p.found("%d servers were killed with %d uploads each; up to %d temporary files were left and gone after the start; %d of %d whole uploads had made their file before the kill; sent again each is one file", servers, uploads+1, temporary, made, servers)
 }
 
 // A stream is how a streamed chat ended.

@@ -969,7 +969,7 @@ func TestSchemas(t *testing.T) {
 
 // TestPickles uploads what other servers unpickle, and looks for code that could.
 func TestPickles(t *testing.T) {
-	p := prove(t, "S10", "pickled weights as uploads, models and adapters; code that unpickles", "nothing is unpickled: the sources have no such code, models are GGUF, a job on a pickle fails with a sentence")
+	p := prove(t, "S10", "pickled weights as uploads, models and adapters; code that unpickles", "nothing is unpickled: the sources have no such code, models are GGUF, an upload of a pickle is refused with 415")
 	v := newVault(t)
 	s := start(t, v.home, v.environment()...)
 	pickle := "\x80\x04cposix\nsystem\n(S'touch " + v.dir + "/outside/pwned'\ntR."
@@ -981,11 +981,20 @@ func TestPickles(t *testing.T) {
 		if out, err := command(t, v.home, "models", "add", path, "--name", "pickle").CombinedOutput(); err == nil {
 			t.Errorf("%s was added: %s", path, out)
 		}
-		j := s.train(t, s.upload(t, "a."+ending, pickle), nil)
-		if j = s.await(t, j.ID, time.Minute); j.Status != "failed" || len(j.Error.Message) < 10 {
-			t.Errorf("%s: %+v", ending, j)
+		for name, content := range map[string]string{"a." + ending: "{}\n", "A." + strings.ToUpper(ending): pickle, ending + ".jsonl": pickle, "zip.jsonl": "PK\x03\x04 archive/data.pkl " + pickle} {
+			if _, err := s.tryUpload(t.Context(), name, strings.NewReader(content)); err == nil || !strings.Contains(err.Error(), ": 415 ") || !strings.Contains(err.Error(), "is code") && !strings.Contains(err.Error(), "are code") {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
-		p.inject(2)
+		status, text, err := s.do(t.Context(), http.MethodPost, "/v1/uploads", map[string]any{"filename": "a." + ending, "purpose": "fine-tune", "bytes": 1, "mime_type": "text/plain"}, nil)
+		if err != nil || status != http.StatusUnsupportedMediaType {
+			t.Errorf("an upload in parts of a.%s: %d %s, %v", ending, status, text, err)
+		}
+		p.inject(6)
+	}
+	var list struct{ Data []struct{ ID string } }
+	if s.must(t, http.MethodGet, "/v1/files", nil, &list); len(list.Data) > 0 {
+		t.Errorf("files %v are listed", list.Data)
 	}
 	if v.outside(t) != v.before {
 		t.Error("something changed outside the data directory")
@@ -1003,7 +1012,7 @@ func TestPickles(t *testing.T) {
 		t.Errorf("%d sources, %v", looked, err)
 	}
 	p.inject(looked)
-	p.found("12 pickles refused with a sentence; none of %d source files unpickles", looked)
+	p.found("36 pickles refused with a sentence; none of %d source files unpickles", looked)
 }
 
 // sources reads the Go and Python files of the module.

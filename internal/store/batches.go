@@ -134,7 +134,10 @@ func (s *Store) CreateBatch(ctx context.Context, b Batch) error {
 			return fmt.Errorf("file %q: %w", b.InputFile, ErrNotFound)
 		}
 		_, err := tx.ExecContext(ctx, `INSERT INTO batches (`+batchColumns+`) VALUES (`+batchValues+`)`, values...) // #nosec G202 -- constants
-		return err
+		if err != nil {
+			return err
+		}
+		return s.keep(ctx, tx, b.ID)
 	})
 	if err != nil {
 		return fmt.Errorf("create batch %s: %w", b.ID, err)

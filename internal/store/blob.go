@@ -37,6 +37,9 @@ type Staged struct {
 	bytes  int64
 }
 
+// Digest is the sha256 of the content, hex.
+func (b *Staged) Digest() string { return b.digest }
+
 // Bytes is the length of the content.
 func (b *Staged) Bytes() int64 { return b.bytes }
 

@@ -56,7 +56,12 @@ func (s *Store) AddFile(ctx context.Context, blob *Staged, f NewFile) (File, err
 	defer s.blobs.Unlock()
 	err := s.publish(*blob)
 	if err == nil {
-		err = s.write(ctx, func(tx *sql.Tx) error { return insertFile(ctx, tx, file) })
+		err = s.write(ctx, func(tx *sql.Tx) error {
+			if err := insertFile(ctx, tx, file); err != nil {
+				return err
+			}
+			return s.keep(ctx, tx, file.ID)
+		})
 	}
 	if err != nil {
 		return File{}, errors.Join(fmt.Errorf("create file %q: %w", f.Filename, err), s.removeTemp(blob.temp))
@@ -232,7 +237,7 @@ func unused(ctx context.Context, tx *sql.Tx, id string) error {
 	return inUse
 }
 
-// Expire deletes the files and ends the uploads whose time has come. A file that an unfinished job or batch reads stays until
+// Expire deletes the files, ends the uploads and forgets the idempotency keys whose time has come. A file that an unfinished job or batch reads stays until
 // that has ended.
 func (s *Store) Expire(ctx context.Context) error {
 	rows, err := s.reader.QueryContext(ctx, `SELECT id FROM files WHERE expires_at > 0 AND expires_at <= ?`, s.now().Unix())
@@ -253,7 +258,7 @@ func (s *Store) Expire(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.expireUploads(ctx)
+	return errors.Join(s.expireUploads(ctx), s.expireKeys(ctx))
 }
 
 func scanString(row interface{ Scan(...any) error }) (text string, err error) {

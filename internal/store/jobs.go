@@ -179,7 +179,10 @@ func (s *Store) CreateJob(ctx context.Context, job Job, events ...Event) error {
 		if err != nil {
 			return err
 		}
-		return s.insertEvents(ctx, tx, job.ID, events)
+		if err := s.insertEvents(ctx, tx, job.ID, events); err != nil {
+			return err
+		}
+		return s.keep(ctx, tx, job.ID)
 	})
 	if err != nil {
 		return fmt.Errorf("create job %s: %w", job.ID, err)

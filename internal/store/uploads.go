@@ -59,7 +59,10 @@ func (s *Store) CreateUpload(ctx context.Context, u Upload) (Upload, error) {
 	err := s.write(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO uploads (`+uploadColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 			u.ID, u.CreatedAt, u.ExpiresAt, u.Status, u.Filename, u.Purpose, u.MimeType, u.Bytes, int64(u.Lifetime/time.Second), u.FileID)
-		return err
+		if err != nil {
+			return err
+		}
+		return s.keep(ctx, tx, u.ID)
 	})
 	if err != nil {
 		return Upload{}, fmt.Errorf("create upload of %q: %w", u.Filename, err)
@@ -127,9 +130,12 @@ func (s *Store) AddPart(ctx context.Context, uploadID string, blob *Staged) (Upl
 			if _, err := s.pending(ctx, tx, uploadID); err != nil {
 				return err
 			}
-			_, err := tx.ExecContext(ctx, `INSERT INTO upload_parts (id, upload_id, created_at, bytes, sha256) VALUES (?, ?, ?, ?, ?)`,
+			_, err := tx.ExecContext(ctx, `INSERT INTO upload_parts (`+partColumns+`) VALUES (?, ?, ?, ?, ?)`,
 				part.ID, part.UploadID, part.CreatedAt, part.Bytes, part.sha256)
-			return err
+			if err != nil {
+				return err
+			}
+			return s.keep(ctx, tx, part.ID)
 		})
 	}
 	if err != nil {
@@ -138,16 +144,32 @@ func (s *Store) AddPart(ctx context.Context, uploadID string, blob *Staged) (Upl
 	return part, nil
 }
 
+// Part returns the part with this id of an upload that is pending, or ErrNotFound.
+func (s *Store) Part(ctx context.Context, id string) (UploadPart, error) {
+	p, err := scanPart(s.reader.QueryRowContext(ctx, `SELECT `+partColumns+` FROM upload_parts WHERE id = ?`, id))
+	if errors.Is(err, sql.ErrNoRows) {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return UploadPart{}, fmt.Errorf("part %q: %w", id, err)
+	}
+	return p, nil
+}
+
+const partColumns = `id, upload_id, created_at, bytes, sha256`
+
+func scanPart(row interface{ Scan(...any) error }) (UploadPart, error) {
+	var p UploadPart
+	err := row.Scan(&p.ID, &p.UploadID, &p.CreatedAt, &p.Bytes, &p.sha256)
+	return p, err
+}
+
 func partsOf(ctx context.Context, from querier, uploadID string) ([]UploadPart, error) {
-	rows, err := from.QueryContext(ctx, `SELECT id, upload_id, created_at, bytes, sha256 FROM upload_parts WHERE upload_id = ? ORDER BY seq`, uploadID)
+	rows, err := from.QueryContext(ctx, `SELECT `+partColumns+` FROM upload_parts WHERE upload_id = ? ORDER BY seq`, uploadID)
 	if err != nil {
 		return nil, err
 	}
-	return collect(rows, func(row interface{ Scan(...any) error }) (UploadPart, error) {
-		var p UploadPart
-		err := row.Scan(&p.ID, &p.UploadID, &p.CreatedAt, &p.Bytes, &p.sha256)
-		return p, err
-	})
+	return collect(rows, scanPart)
 }
 
 // PartBytes is how much all parts of an upload have together, those that were sent twice too.
@@ -161,7 +183,7 @@ func (s *Store) PartBytes(ctx context.Context, uploadID string) (sum int64, err 
 
 // CompleteUpload joins the parts, in this order, to the upload's file. An *UploadError says what is wrong with them: one that
 // the upload does not have, or twice; another length than the upload's; another md5, in hexadecimal digits, if sum is not "".
-// The upload is pending then as before.
+// ErrPickle refuses what they are together. The upload is pending then as before.
 func (s *Store) CompleteUpload(ctx context.Context, id string, partIDs []string, sum string) (Upload, File, error) {
 	u, file, err := s.completeUpload(ctx, id, partIDs, sum)
 	if err != nil {
@@ -179,7 +201,7 @@ func (s *Store) completeUpload(ctx context.Context, id string, partIDs []string,
 		return u, file, err
 	}
 	hash := md5.New() // #nosec G401 -- see the import
-	blob, err := s.Stage(ctx, io.TeeReader(&partReader{store: s, parts: parts}, hash))
+	blob, err := s.Stage(ctx, io.TeeReader(NotPickled(&partReader{store: s, parts: parts}), hash))
 	if err != nil {
 		return u, file, err
 	}
@@ -202,8 +224,10 @@ func (s *Store) completeUpload(ctx context.Context, id string, partIDs []string,
 		if err := insertFile(ctx, tx, file); err != nil {
 			return err
 		}
-		digests, err = endUpload(ctx, tx, u)
-		return err
+		if digests, err = endUpload(ctx, tx, u); err != nil {
+			return err
+		}
+		return s.keep(ctx, tx, u.ID)
 	})
 	if err != nil {
 		return u, file, errors.Join(err, s.dropBlobs(context.WithoutCancel(ctx), file.SHA256))
