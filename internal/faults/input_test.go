@@ -392,3 +392,45 @@ func trainedTokens(t *testing.T, home string) (examples [][]int32) {
 	}
 	return examples
 }
+
+// TestAdapterParity asks a base model before one of its adapters is loaded, beside it and after it is gone.
+func TestAdapterParity(t *testing.T) {
+	p := prove(t, "R20", "greedy answers of a base model before, beside and after an adapter, and of the adapter alone and beside it", "word for word the same")
+	home := newHome(t)
+	s := start(t, home, "HONE_LOG_LEVEL=error")
+	ask := func(model string, n int) string {
+		text, _, err := s.chat(t.Context(), model, fmt.Sprintf("问 %d: Which one? A B C D", n), 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.inject(1)
+		return text
+	}
+	const questions = 20
+	var before, alone [questions]string
+	for n := range before {
+		before[n] = ask(tiny, n)
+	}
+	j := s.train(t, s.upload(t, "train.jsonl", rows(10)), map[string]any{"r": 4, "num_train_epochs": 4, "batch_size": 2, "learning_rate": 2e-2})
+	if j = s.await(t, j.ID, time.Minute); j.Status != "succeeded" {
+		t.Fatalf("%+v", j)
+	}
+	for n := range alone {
+		alone[n] = ask(j.FineTunedModel, n)
+	}
+	if alone == before {
+		t.Error("the adapter answers as the base model does")
+	}
+	for n := range before {
+		if base, tuned := ask(tiny, n), ask(j.FineTunedModel, n); base != before[n] || tuned != alone[n] {
+			t.Errorf("question %d: beside each other the base model says %q, before %q; the adapter %q, before %q", n, base, before[n], tuned, alone[n])
+		}
+	}
+	s.must(t, http.MethodDelete, "/v1/models/"+j.FineTunedModel, nil, nil)
+	for n := range before {
+		if base := ask(tiny, n); base != before[n] {
+			t.Errorf("question %d: after the adapter is gone the base model says %q, before %q", n, base, before[n])
+		}
+	}
+	p.found("%d questions, the same answers each time", questions)
+}

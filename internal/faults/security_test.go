@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	endian "encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -24,6 +25,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hone-llm/hone/internal/gguf"
 )
@@ -132,6 +135,28 @@ func newVault(t *testing.T) vault {
 // environment has the server keep what is not in its data directory in the vault as well.
 func (v vault) environment() []string {
 	return []string{"HOME=" + filepath.Join(v.dir, "outside"), "XDG_CACHE_HOME=", "XDG_DATA_HOME=", "HONE_DEFAULT_MODEL="}
+}
+
+// watch tells whether a secret of the vault has been opened since the last call.
+func (v vault) watch(t *testing.T) (opened func() bool) {
+	t.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	for _, name := range []string{filepath.Join(v.dir, "outside", "secret"), filepath.Join(v.dir, "secret")} {
+		if _, err := unix.InotifyAddWatch(fd, name, unix.IN_OPEN); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() bool {
+		n, err := unix.Read(fd, make([]byte, 4096))
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			t.Error(err)
+		}
+		return n > 0
+	}
 }
 
 // outside is a hash of names, modes and content of everything in the vault but the data directory.
@@ -779,7 +804,7 @@ func TestTemplates(t *testing.T) {
 		text, status, err := s.chat(t.Context(), name, "a", 2)
 		took := time.Since(began)
 		slowest = max(slowest, took)
-		if err == nil && i != 1 || status == 0 || err != nil && (crashed(err.Error()) || strings.Contains(err.Error(), strings.TrimSpace(string(hostname)))) {
+		if err == nil || status == 0 || err != nil && (crashed(err.Error()) || strings.Contains(err.Error(), strings.TrimSpace(string(hostname)))) {
 			t.Errorf("%s: %q %v", template, text, err)
 		}
 		if took > 20*time.Second {
@@ -924,11 +949,12 @@ func TestSchemas(t *testing.T) {
 		{"a cycle of $ref", "guided_json", `{"$ref":"#/$defs/a","$defs":{"a":{"$ref":"#/$defs/b"},"b":{"$ref":"#/$defs/a"}}}`, true},
 		{"a $ref to itself", "guided_json", `{"$ref":"#"}`, true}, {"a $ref elsewhere", "guided_json", `{"$ref":"http://127.0.0.1/a.json"}`, true}, {"a $ref to a file", "guided_json", `{"$ref":"file:///etc/passwd"}`, true},
 		{"multipleOf", "guided_json", `{"type":"integer","multipleOf":1000003}`, true},
-		{"16 KiB of pattern", "guided_regex", quote(strings.Repeat("a", 16<<10)), false}, {"16 KiB + 1 of pattern", "guided_regex", quote(strings.Repeat("a", 16<<10+1)), true},
+		{"16 KiB - 1 of pattern", "guided_regex", quote(strings.Repeat("a", 16<<10-1)), false}, {"16 KiB of pattern", "guided_regex", quote(strings.Repeat("a", 16<<10)), false}, {"16 KiB + 1 of pattern", "guided_regex", quote(strings.Repeat("a", 16<<10+1)), true},
 		{"a look-behind", "guided_regex", quote(`(?<=a)b`), true}, {"a back reference", "guided_regex", quote(`(a)\1`), true},
 		{"nested repetitions", "guided_regex", quote(`((((a{1,999}){1,999}){1,999}){1,999}){1,999}`), true}, {"(a+)+", "guided_regex", quote(`(a+)+$`), true},
 		{"60,000 groups", "guided_regex", quote(strings.Repeat("(", 60000) + "a" + strings.Repeat(")", 60000)), true}, {"8,000 groups", "guided_regex", quote(strings.Repeat("(", 8000) + "a" + strings.Repeat(")", 8000)), true},
 		{"60,000 groups of a grammar", "guided_grammar", quote("start: " + strings.Repeat("(", 60000) + `"a"` + strings.Repeat(")", 60000)), true},
+		{"64 KiB of grammar", "guided_grammar", quote("start: \"" + strings.Repeat("a", 64<<10-9) + "\""), false},
 		{"64 KiB + 1 of grammar", "guided_grammar", quote("start: \"" + strings.Repeat("a", 64<<10-9+1) + "\""), true},
 		{"a grammar without end", "guided_grammar", quote("start: start"), true},
 		{"a pattern of a tool", "tools", `[{"type":"function","function":{"name":"f","strict":true,"parameters":{"type":"object","properties":{"a":{"type":"string","pattern":` + quote(strings.Repeat("(", 60000)+strings.Repeat(")", 60000)) + `}}}}}],"tool_choice":"required"`, true},
@@ -961,7 +987,7 @@ func TestSchemas(t *testing.T) {
 	if now := s.children(t); !slices.Equal(runner, now) {
 		t.Errorf("the children are %v, they were %v", now, runner)
 	}
-	if worst > 500*time.Millisecond { // the clock of /proc counts whole hundredths, and a prompt is computed as well
+	if worst > 250*time.Millisecond {
 		t.Errorf("%s took %v of the runner's time", dearest, worst)
 	}
 	p.found("%d compiled, %d refused; the dearest (%s) took %v of the runner's time; the same runner", ok, refused, dearest, worst)
@@ -1103,6 +1129,7 @@ func TestJobFields(t *testing.T) {
 	v := newVault(t)
 	s := start(t, v.home, append(v.environment(), "HONE_LOG_LEVEL=error")...)
 	file := s.upload(t, "train.jsonl", rows(4))
+	opened := v.watch(t)
 	// The server's descendants, all the while.
 	var strange atomic.Value
 	watched, ended := make(chan struct{}), make(chan struct{})
@@ -1175,6 +1202,12 @@ func TestJobFields(t *testing.T) {
 	if seen.Load() == 0 {
 		t.Error("no trainer was seen")
 	}
+	if opened() {
+		t.Error("a file beside the data directory was opened")
+	}
+	if _, err := os.ReadFile(filepath.Join(v.dir, "secret")); err != nil || !opened() {
+		t.Errorf("what is opened is not seen, %v", err)
+	}
 	if v.outside(t) != v.before {
 		t.Error("something changed outside the data directory")
 	}
@@ -1190,5 +1223,5 @@ func TestJobFields(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	p.found("%d refused; %d kept the text as a text and trained; no other process, the secret is in no event and no file, the tree beside the data directory has the same hash", refused, started)
+	p.found("%d refused; %d kept the text as a text and trained; no other process, the files beside the data directory were not opened (inotify), the secret is in no event and no file, the tree has the same hash", refused, started)
 }
