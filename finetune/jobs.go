@@ -65,7 +65,11 @@ type Options struct {
 	Models   Models
 	Adapters Adapters
 	// Start starts a trainer. The context is never cancelled: the trainer is ended by Stop and Kill.
-	Start  func(ctx context.Context, config child.TrainerConfig) (Trainer, error)
+	Start func(ctx context.Context, config child.TrainerConfig) (Trainer, error)
+	// Trainable says why a base model in this directory cannot be trained, so that a job for it is refused at once. If it is nil, the
+	// trainer says so.
+	Trainable func(dir string) error
+
 	Dir    string           // jobs/ of the data directory, in the file system of the adapters
 	Logger *slog.Logger     // default: discards
 	Now    func() time.Time // default: time.Now
@@ -245,7 +249,7 @@ func (j *Jobs) prepare(ctx context.Context, spec Spec) (store.Job, error) {
 		}
 		base, start = from.BaseModel, from.Name
 	}
-	_, digest, err := j.opts.Models.Base(ctx, base)
+	dir, digest, err := j.opts.Models.Base(ctx, base)
 	switch {
 	case errors.Is(err, ErrUnknownModel) && start != "":
 		return store.Job{}, invalid("model", "base_model_missing", "the base model %s of %s is not here any more; add it again", base, start)
@@ -253,6 +257,11 @@ func (j *Jobs) prepare(ctx context.Context, spec Spec) (store.Job, error) {
 		return store.Job{}, invalid("model", "model_not_found", "model %q does not exist; GET /v1/models lists the models", spec.Model)
 	case err != nil:
 		return store.Job{}, fmt.Errorf("base model %q: %w", base, err)
+	}
+	if j.opts.Trainable != nil {
+		if err := j.opts.Trainable(dir); err != nil {
+			return store.Job{}, invalid("model", child.CodeInvalidModel, "%s: %v", base, err)
+		}
 	}
 	if start != "" {
 		if err := from.CheckBase(digest); err != nil {

@@ -287,3 +287,25 @@ func TestDryRun(t *testing.T) {
 	}
 	nothingLeft()
 }
+
+// TestUntrainable refuses a job for a model that no trainer takes before anything waits for one.
+func TestUntrainable(t *testing.T) {
+	t.Parallel()
+	asked := ""
+	h := openHome(t, func(o *finetune.Options) {
+		o.Trainable = func(dir string) error {
+			asked = dir
+			return errors.New("cannot train this model: output.weight: type q3_K is not trainable")
+		}
+	})
+	spec := finetune.Spec{Model: "base", TrainingFile: h.upload(goodRow)}
+	for name, create := range map[string]func() error{
+		"create":  func() error { _, err := h.jobs.Create(t.Context(), spec); return err },
+		"dry run": func() error { _, err := h.jobs.DryRun(t.Context(), spec); return err },
+	} {
+		bad := new(finetune.InvalidError)
+		if err := create(); !errors.As(err, &bad) || bad.Param != "model" || bad.Code != child.CodeInvalidModel || !strings.Contains(bad.Message, "type q3_K") || asked == "" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

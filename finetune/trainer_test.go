@@ -328,10 +328,6 @@ type server struct {
 
 func openServer(ctx context.Context, dir string, logger *slog.Logger, edits ...func(*finetune.Options)) (*server, error) {
 	st, err := store.Open(ctx, dir, store.Options{Logger: logger})
-	// A process that another test is starting holds what was open here, the lock of a closed store too, until it executes.
-	for inUse := new(store.InUseError); errors.As(err, &inUse) && inUse.PID == os.Getpid(); st, err = store.Open(ctx, dir, store.Options{Logger: logger}) {
-		time.Sleep(time.Millisecond)
-	}
 	if err != nil {
 		return nil, err
 	}

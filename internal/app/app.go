@@ -40,6 +40,9 @@ type Options struct {
 	Exe string
 	Env []string
 
+	// Trainable says why the model in a GGUF file cannot be trained. If it is nil, trainers say so.
+	Trainable func(path string) error
+
 	// IdleJobs lets fine-tuning jobs and batches wait for the next server; dry runs work all the same.
 	IdleJobs bool
 
@@ -140,7 +143,7 @@ func (a *App) Start(ctx context.Context) (err error) {
 		IdleTimeout: a.cfg.Runner.IdleTimeout, HangTimeout: a.cfg.Runner.HangTimeout, Memory: a.memory, Estimate: runnerBytes,
 	})
 	a.jobs = finetune.New(finetune.Options{
-		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Dir: filepath.Join(a.cfg.DataDir, "jobs"),
+		Store: a.state, Models: bases, Adapters: a.registry, Start: a.startTrainer, Trainable: a.trainable, Dir: filepath.Join(a.cfg.DataDir, "jobs"),
 		Logger: a.opts.Logger, Threads: a.cfg.Threads, Device: a.cfg.Trainer.Device, MemoryBytes: a.cfg.Trainer.MemoryBytes(),
 		CacheDir: filepath.Join(a.cfg.DataDir, "cache", "tokenized"),
 		Retention: finetune.Retention{

@@ -62,6 +62,14 @@ func baseModel(m models.Model) server.BaseModel {
 	}
 }
 
+// trainable says why a base model cannot be trained.
+func (a *App) trainable(dir string) error {
+	if a.opts.Trainable == nil {
+		return nil
+	}
+	return a.opts.Trainable(filepath.Join(dir, models.WeightsFile))
+}
+
 // Limits of a runner's cache where the configuration has no number, as the runner decides them.
 const (
 	defaultSequences     = 8

@@ -21,6 +21,7 @@ import (
 	"github.com/hone-llm/hone/finetune"
 	"github.com/hone-llm/hone/internal/app"
 	"github.com/hone-llm/hone/internal/child"
+	"github.com/hone-llm/hone/internal/graph"
 	"github.com/hone-llm/hone/internal/store"
 )
 
@@ -67,7 +68,7 @@ func anyServer(cmd *cobra.Command, s streams) (c *client.Client, stop func(), er
 	// Nobody else is to use it, and a certificate need not be of 127.0.0.1.
 	key := newKey()
 	cfg.APIKey, cfg.Keys, cfg.TLS = key, nil, configs.TLS{}
-	a := app.New(cfg, app.Options{Logger: plainLogger(s.err), Stderr: s.err, IdleJobs: true})
+	a := app.New(cfg, app.Options{Logger: plainLogger(s.err), Stderr: s.err, Trainable: graph.Trainable, IdleJobs: true})
 	if err := a.Start(ctx); err != nil {
 		if errors.As(err, new(*store.InUseError)) {
 			err = fmt.Errorf("%w; if that is a server, say with --base-url where it listens", err)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/hone-llm/hone/configs"
 	"github.com/hone-llm/hone/internal/app"
+	"github.com/hone-llm/hone/internal/graph"
 )
 
 // trainerGrace is how long the running job may take, beyond the grace of the requests, to save its state.
@@ -68,7 +69,7 @@ func serve(ctx context.Context, s streams, cfg configs.Config) error {
 	}
 	fetching := newTransfer(s.err, "fetching "+cfg.DefaultModel)
 	a := app.New(cfg, app.Options{
-		Logger: logger, Stderr: s.err, Note: fetching.note,
+		Logger: logger, Stderr: s.err, Trainable: graph.Trainable, Note: fetching.note,
 		Progress: func(done, total int64) {
 			fetching.progress(done, total)
 			if done >= total { // the log follows below the bar

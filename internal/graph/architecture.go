@@ -150,6 +150,17 @@ func ReadShape(f *gguf.File) (Shape, error) {
 	return s, nil
 }
 
+// Trainable returns an *UnsupportedError if the model in the GGUF file at path cannot be trained. It reads the header alone.
+func Trainable(path string) error {
+	f, err := gguf.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = ReadShape(f)
+	return err
+}
+
 // ropeScale is the factor of the positions, as llama.cpp reads it: the scaling is linear where its type is not given.
 func ropeScale(f *gguf.File, key func(string) string) (float32, error) {
 	if factor, ok := f.Metadata.Float(key("rope.scaling.attn_factor")); ok && factor != 1 {

@@ -3,6 +3,7 @@ package graph_test
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math"
 	"path/filepath"
@@ -51,6 +52,17 @@ func newHeader(architecture string) header {
 
 func (h header) open(t *testing.T) *gguf.File {
 	t.Helper()
+	f, err := gguf.Open(h.write(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// write returns the path of a file with the header, and zeros for weights.
+func (h header) write(t *testing.T) string {
+	t.Helper()
 	var metadata []gguf.KeyValue
 	for _, key := range slices.Sorted(maps.Keys(h.metadata)) {
 		metadata = append(metadata, gguf.KeyValue{Key: key, Value: h.metadata[key]})
@@ -68,12 +80,7 @@ func (h header) open(t *testing.T) *gguf.File {
 	if err := gguf.WriteFile(path, metadata, tensors); err != nil {
 		t.Fatal(err)
 	}
-	f, err := gguf.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	return f
+	return path
 }
 
 // loadError is what Load says of the header.
@@ -217,5 +224,40 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("got %v, want an *UnsupportedError with %q", err, test.want)
 			}
 		})
+	}
+}
+
+// TestTrainable asks of every type of weights whether it can be trained on.
+func TestTrainable(t *testing.T) {
+	trainable := []gguf.Type{
+		gguf.F32, gguf.F16, gguf.BF16, gguf.Q8_0, gguf.Q6K, gguf.Q5K, gguf.Q5_0, gguf.Q5_1, gguf.Q4K, gguf.Q4_0, gguf.Q4_1, gguf.IQ4NL,
+	}
+	asked := 0
+	for kind := gguf.F32; kind <= gguf.MXFP4; kind++ {
+		if kind.BlockSize() == 0 { // there is no such type
+			continue
+		}
+		asked++
+		h := newHeader("llama")
+		h.shapes["output.weight"], h.types["output.weight"] = []int64{256, 4}, kind
+		err := graph.Trainable(h.write(t))
+		if slices.Contains(trainable, kind) {
+			if err != nil {
+				t.Errorf("%s: %v", kind, err)
+			}
+			continue
+		}
+		if unsupported := new(graph.UnsupportedError); !errors.As(err, &unsupported) || !strings.Contains(err.Error(), "output.weight: type "+kind.String()+" is not trainable") {
+			t.Errorf("%s: %v", kind, err)
+		}
+	}
+	if asked < 2*len(trainable) {
+		t.Errorf("%d types were asked for", asked)
+	}
+	if err := graph.Trainable(newHeader("gpt2").write(t)); err == nil || !strings.Contains(err.Error(), `"gpt2" is not trainable, only llama`) {
+		t.Errorf("another architecture: %v", err)
+	}
+	if err := graph.Trainable(filepath.Join(t.TempDir(), "none.gguf")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
 	}
 }
