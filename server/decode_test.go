@@ -175,6 +175,9 @@ func TestBodyTooLarge(t *testing.T) {
 	wantError(t, "32 MiB and more", status, body, 413, "", "request_too_large", "longer than 32 MiB")
 	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Encoding", "gzip")
 	wantError(t, "compressed", status, body, 415, "", "unsupported_media_type", "uncompressed")
+	file, contentType := form([3]string{"purpose", "", "batch"}, [3]string{"file", "a", "x"})
+	status, body = r.do(t, http.MethodPost, "/v1/files", file, "Content-Type", contentType, "Content-Encoding", "gzip")
+	wantError(t, "a compressed form", status, body, 415, "", "unsupported_media_type", "uncompressed")
 	status, body = r.do(t, http.MethodPost, "/v1/chat/completions", "{}", "Content-Type", "multipart/form-data; boundary=x")
 	wantError(t, "form", status, body, 415, "", "unsupported_media_type", "expected a JSON body")
 }

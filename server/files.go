@@ -103,6 +103,10 @@ func (s *Server) readForm(c *gin.Context, field string, limit int64, check func(
 			form.blob = nil
 		}
 	}()
+	if err := checkEncoding(c); err != nil {
+		c.Header("Connection", "close") // rather than reading what is not wanted
+		return form, err
+	}
 	most := limit + maxFormBytes
 	if c.Request.ContentLength > most {
 		c.Header("Connection", "close") // rather than reading what is not wanted
