@@ -161,7 +161,8 @@ func (j *Jobs) setAside(ctx context.Context, claimed store.Job, reason string, c
 		if errors.As(cause, &space) && space.need > 0 {
 			need = space.need
 		} else if need < free+leastSpace { // it was not enough: wait until there is more
-			need = free + leastSpace
+			// But no more than twice as much each time: what is free now may have come since the write failed.
+			need = min(free+leastSpace, 2*need+leastSpace)
 			row.DiskBytes = need + min(j.stateBytes(row), need) // of which needs will leave need
 		}
 		event = message("warn", "Fine-tuning job paused: %v. It goes on by itself from step %d when %s are free (now %s), or when it is resumed",

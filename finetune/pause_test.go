@@ -256,12 +256,20 @@ func TestDiskFull(t *testing.T) {
 	})
 	t.Run("while it runs", func(t *testing.T) {
 		t.Parallel()
-		h, free := open(t, 1<<30)
+		h, free := open(t, 6<<20)
 		id := h.create(behaviour{Steps: 6, FullAt: 4}).ID
-		awaitPaused(t, h, id, "the disk is full: write state: no space left on device. It goes on by itself from step 2 when 1.0 GiB are free (now 1.0 GiB)")
+		awaitPaused(t, h, id, "the disk is full: write state: no space left on device. It goes on by itself from step 2 when 10 MiB are free (now 6.0 MiB)")
 		free.Store(plenty)
 		job := h.awaitEnd(id, finetune.Succeeded)
 		if messages := h.messages(id); job.Attempt != 2 || !slices.Contains(messages, "Resuming from step 2") || len(h.steps(id)) != 9 {
+			t.Errorf("attempt %d, events\n%s", job.Attempt, strings.Join(messages, "\n"))
+		}
+	})
+	t.Run("and there is room again when the attempt has ended", func(t *testing.T) {
+		t.Parallel()
+		h, _ := open(t, 1<<30)
+		job := h.awaitEnd(h.create(behaviour{Steps: 6, FullAt: 4}).ID, finetune.Succeeded)
+		if messages := h.messages(job.ID); job.Attempt != 2 || !slices.Contains(messages, "Resuming from step 2") {
 			t.Errorf("attempt %d, events\n%s", job.Attempt, strings.Join(messages, "\n"))
 		}
 	})

@@ -145,7 +145,7 @@ func TestDiskFull(t *testing.T) {
 	options := diskJob()
 	options["num_train_epochs"] = 12
 	want := undisturbed(t, options)
-	d := newSmallDisk(t, 128<<20) // the adapters of all rounds stay on it
+	d := newSmallDisk(t, 112<<20)
 	addModel(t, d.dir, "../train/testdata/tiny-llama-q4_1.gguf", tiny)
 	s := start(t, d.dir)
 	file := s.upload(t, "train.jsonl", rows(40))
