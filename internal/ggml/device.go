@@ -94,8 +94,8 @@ func Devices(dir string) ([]Device, error) {
 
 // OpenGPU makes a backend on the device with the most free memory of those that Devices lists. Close frees it.
 //
-// A backend replays recorded CUDA graphs by the addresses and shapes of their nodes and does not compare types, so one
-// backend computes one model in one layout, and another model gets another backend.
+// One backend computes one model in one layout, and another model gets another backend: a library that was built without
+// scripts/cuda's changes replays recorded CUDA graphs by the addresses and shapes of their nodes and compares no types.
 func OpenGPU(dir string) (*Backend, error) {
 	devices, err := Devices(dir)
 	if err != nil {

@@ -141,6 +141,85 @@ bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor *) { return false
   # llama.cpp frees its backends before the scheduler, which would then reset the freed one: a crash when a runner ends.
   change(${cuda}/ggml-cuda.cu "/* .reset                   = */ ggml_backend_cuda_reset," "/* .reset                   = */ true ? nullptr : ggml_backend_cuda_reset,")
 
+  # CUDA graphs, as newer versions of ggml have them: also for steps of several streams; recorded when the same graph comes
+  # for the second time, so that a change costs nothing and never turns them off for good; and only the same where
+  # everything is that a kernel is launched with: types, parameters, and shapes of what is read, too.
+  change(${cuda}/ggml-cuda.cu "node->src[1] && node->src[1]->ne[1] > 1 &&" "node->src[1] && node->src[1]->ne[1] > 64 &&")
+  change(${cuda}/common.cuh "    void * src_address[GGML_MAX_SRC];
+    int32_t op_params" "    void * src_address[GGML_MAX_SRC];
+    ggml_type node_type;
+    ggml_type src_type[GGML_MAX_SRC];
+    int64_t src_ne[GGML_MAX_SRC][GGML_MAX_DIMS];
+    size_t src_nb[GGML_MAX_SRC][GGML_MAX_DIMS];
+    int32_t op_params")
+  change(${cuda}/common.cuh "    bool disable_due_to_gpu_arch = false;
+" "    bool recorded = false; // instance is of the graph that came last
+    bool disable_due_to_gpu_arch = false;
+")
+  change(${cuda}/ggml-cuda.cu "    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        graph_node_properties->src_address[i] = node->src[i] ? node->src[i]->data : nullptr;
+    }
+" "    graph_node_properties->node_type = node->type;
+    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        const ggml_tensor * src = node->src[i];
+        graph_node_properties->src_address[i] = src ? src->data : nullptr;
+        graph_node_properties->src_type[i] = src ? src->type : GGML_TYPE_COUNT;
+        for (int d = 0; src && d < GGML_MAX_DIMS; d++) {
+            graph_node_properties->src_ne[i][d] = src->ne[d];
+            graph_node_properties->src_nb[i][d] = src->nb[d];
+        }
+    }
+")
+  change(${cuda}/ggml-cuda.cu "    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        if (node->src[i] &&
+            node->src[i]->data != graph_node_properties->src_address[i] &&
+            node->op != GGML_OP_VIEW
+        ) {
+            return false;
+        }
+    }
+
+    if ((node->op == GGML_OP_SCALE || node->op == GGML_OP_GLU) &&
+        memcmp(" "    if (node->type != graph_node_properties->node_type) {
+        return false;
+    }
+    for (int i = 0; i < GGML_MAX_SRC && node->op != GGML_OP_VIEW; i++) {
+        const ggml_tensor * src = node->src[i];
+        if ((src ? src->data : nullptr) != graph_node_properties->src_address[i] ||
+            (src ? src->type : GGML_TYPE_COUNT) != graph_node_properties->src_type[i]) {
+            return false;
+        }
+        for (int d = 0; src && d < GGML_MAX_DIMS; d++) {
+            if (src->ne[d] != graph_node_properties->src_ne[i][d] || src->nb[d] != graph_node_properties->src_nb[i][d]) {
+                return false;
+            }
+        }
+    }
+
+    if (node->op != GGML_OP_VIEW &&
+        memcmp(")
+  change(${cuda}/ggml-cuda.cu "    if (cuda_ctx->cuda_graph->instance == nullptr) {
+        cuda_graph_update_required = true;
+    }
+
+    // Check if the graph size" "    // Check if the graph size")
+  change(${cuda}/ggml-cuda.cu "        if (use_cuda_graph && cuda_graph_update_required) {
+            cuda_ctx->cuda_graph->number_consecutive_updates++;
+        } else {
+            cuda_ctx->cuda_graph->number_consecutive_updates = 0;
+        }
+
+        if (cuda_ctx->cuda_graph->number_consecutive_updates >= 4) {
+            cuda_ctx->cuda_graph->disable_due_to_too_many_updates = true;
+#ifndef NDEBUG
+            GGML_LOG_DEBUG(\"%s: disabling CUDA graphs due to too many consecutive updates\\n\", __func__);
+#endif
+        }
+" "        use_cuda_graph = use_cuda_graph && !cuda_graph_update_required; // launched one by one for the first time
+        cuda_graph_update_required = use_cuda_graph && !cuda_ctx->cuda_graph->recorded;
+        cuda_ctx->cuda_graph->recorded = use_cuda_graph;
+")
+
   # float32 becomes 16 bits four elements at a time: see narrow.cuh.
   change(${cuda}/cpy.cu "#include \"cpy.cuh\"
 " "#include \"cpy.cuh\"
