@@ -4,6 +4,7 @@ import dataclasses
 import http.client
 import json
 import os
+import statistics
 import subprocess
 import threading
 import time
@@ -194,6 +195,10 @@ class Job:
             return 0.0
         return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
 
+    def windows(self, seconds):
+        """Speeds in four windows of half as long: what else the machine does for a while spoils one or two of them."""
+        return [self.measure(seconds / 2) for _ in range(4)]
+
     def cancel(self):
         self.server.request("POST", f"/fine_tuning/jobs/{self.id}/cancel", {})
         while self.server.request("GET", f"/fine_tuning/jobs/{self.id}")["status"] != "cancelled":
@@ -225,7 +230,7 @@ def measure(binary, directory, model, rows, options, seconds):
             streams.stop()
         job = Job(server, model, rows, options)
         job.wait(2)
-        before = job.measure(seconds)
+        before = job.windows(seconds)
         streams = Streams(server, model)
         try:
             streams.measure(seconds / 4)
@@ -233,7 +238,7 @@ def measure(binary, directory, model, rows, options, seconds):
         finally:
             streams.stop()
         time.sleep(1)
-        after = job.measure(seconds)
+        after = job.windows(seconds)
         job.cancel()
         streams = Streams(server, model)
         try:
@@ -252,9 +257,10 @@ def measure(binary, directory, model, rows, options, seconds):
         "first_alone_p95": first,
         "first_shared_p95": shared.p95(),
         "first_ratio": shared.p95() / first,
-        "steps_alone": before,
+        "steps_alone": statistics.median(before),
         "steps_shared": during,
-        "steps_after": after,
-        "train_share": during / before,
-        "train_back": after / before,
+        "steps_after": statistics.median(after),
+        "train_share": during / statistics.median(before),
+        "windows_alone": before,
+        "windows_after": after,
     }

@@ -233,6 +233,15 @@ class Bench:
         with open(source) as f, open(target, "w") as out:
             out.writelines(line for _, line in zip(range(count), f))
 
+    @staticmethod
+    def alike(source, target):
+        """The rows of about the median's length: steps take the same time, so that phases compare that are not the same steps."""
+        with open(source) as f:
+            lines = f.readlines()
+        middle = statistics.median(map(len, lines))
+        with open(target, "w") as out:
+            out.writelines(line for line in lines if abs(len(line) - middle) <= 0.06 * middle)
+
     def row_demo(self):
         self.say("\n## The demo's recipe: r 16 on all linear layers, dropout 0.05, batch 4, loss on the answers")
         _, _, rows = self.mcq()
@@ -311,14 +320,18 @@ class Bench:
 
     def row_together(self):
         self.say("\n## Chat and training at once on the same cores")
-        train, _, _ = self.mcq()
+        rows, _, _ = self.mcq()
+        train = os.path.join(self.work, "mcq", "alike.jsonl")
+        self.alike(rows, train)
         options = DEMO | {"num_train_epochs": 1000, "eval_strategy": "no", "save_strategy": "no"}
         rounds = []
         for i in range(self.args.repetitions):
             directory = os.path.join(self.work, f"together{i}")
             rounds.append(chat.measure(self.binary, directory, self.args.name, train, options, self.args.phase_seconds))
             print("  " + json.dumps(rounds[-1]), flush=True)
-        middle = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+        middle = {k: statistics.median(r[k] for r in rounds) for k in rounds[0] if not k.startswith("windows_")}
+        alone, after = (statistics.median(w for r in rounds for w in r[k]) for k in ("windows_alone", "windows_after"))
+        middle["train_back"] = after / alone
         self.report["rows"]["together"] = {"rounds": rounds, "median": middle}
         self.say("\n| | alone | together | alone again |\n| --- | --- | --- | --- |")
         self.say(f"| chat, tokens/s of 4 streams | {middle['chat_alone']:.1f} | {middle['chat_shared']:.1f} | |")
