@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/hone-llm/hone/internal/durable"
 	"github.com/hone-llm/hone/internal/gguf"
 )
@@ -86,10 +88,10 @@ func Export(dir string, w Weights) (err error) {
 		return fmt.Errorf("export adapter: %w", err)
 	}
 
-	if err := w.writeGGUF(filepath.Join(temp, GGUFFile)); err != nil {
-		return fmt.Errorf("export adapter: %w", err)
-	}
-	if err := w.writePEFT(temp); err != nil {
+	var files errgroup.Group // training waits: at the same time, both forms and the disk take half as long
+	files.Go(func() error { return w.writeGGUF(filepath.Join(temp, GGUFFile)) })
+	files.Go(func() error { return w.writePEFT(temp) })
+	if err := files.Wait(); err != nil {
 		return fmt.Errorf("export adapter: %w", err)
 	}
 	m := w.Manifest
