@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -39,7 +40,7 @@ import (
 func init() {
 	app.RealRoles = func(args []string) (int, bool) {
 		switch args[0] {
-		case "serve", "runner", "trainer":
+		case "serve", "runner", "trainer", "dataset", "finetune", "predict":
 			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			return cli.Run(ctx, args, os.Stdin, os.Stdout, os.Stderr), true
@@ -346,6 +347,88 @@ func TestEndToEndJob(t *testing.T) {
 	}
 	if err := h.cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM the server ended with %v, want code 0", err)
+	}
+}
+
+// command runs hone with these arguments against the server and returns what it prints.
+func (h *hone) command(t *testing.T, args ...string) (out, log string) {
+	t.Helper()
+	var stdout, stderr strings.Builder
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "HONE_BASE_URL="+h.url+"/v1")
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("hone %s: %v\n%s%s", strings.Join(args, " "), err, stdout.String(), stderr.String())
+	}
+	return stdout.String(), stderr.String()
+}
+
+// TestEndToEndCommands is what a user does at a terminal: make rows of questions, look at what a job would do, train, predict,
+// list, cancel. The accuracy that the job reports of its validation rows is the one that the predictor has on their questions.
+func TestEndToEndCommands(t *testing.T) {
+	h := serve(t, home(t))
+	dir := t.TempDir()
+	all, err := os.ReadFile("../../examples/mcq/train.csv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.SplitAfter(string(all), "\n")
+	for name, part := range map[string][]string{"train": lines[61:221], "valid": lines[1:61]} {
+		csv := filepath.Join(dir, name+".csv")
+		if err := os.WriteFile(csv, []byte(lines[0]+strings.Join(part, "")), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.command(t, "dataset", "mcq", "--in", csv, "--out", filepath.Join(dir, name+".jsonl"), "--valid", "0")
+	}
+	job := []string{"finetune", "create", filepath.Join(dir, "train.jsonl"), "--model", model, "--validation-file", filepath.Join(dir, "valid.jsonl"),
+		"--choices", "A,B,C,D", "--r", "8", "--max-steps", "30", "--batch-size", "4", "--seed", "1"}
+	out, _ := h.command(t, append(job, "--dry-run")...)
+	for _, want := range []string{"30, in ", "validation", "Nothing was started.", "MiB"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the dry run does not say %q:\n%s", want, out)
+		}
+	}
+	out, _ = h.command(t, "finetune", "list")
+	if !strings.Contains(out, "there are no jobs yet") {
+		t.Errorf("after a dry run there are jobs:\n%s", out)
+	}
+
+	out, log := h.command(t, append(job, "--watch")...)
+	id, tuned, _ := strings.Cut(strings.TrimSpace(out), "\n")
+	if !strings.HasPrefix(id, "ftjob-") || !strings.HasPrefix(tuned, "ft:"+model) || !strings.Contains(log, "Fine-tuning job started") {
+		t.Fatalf("create --watch printed %q and %q", out, log)
+	}
+	if out, _ := h.command(t, "finetune", "watch", id); out != tuned+"\n" {
+		t.Errorf("watch prints %q, expected %q", out, tuned)
+	}
+	out, _ = h.command(t, "finetune", "checkpoints", id)
+	fields := strings.Fields(out[strings.LastIndex(strings.TrimSpace(out), "\n")+1:])
+	reported, err := strconv.ParseFloat(fields[len(fields)-1], 64)
+	if err != nil {
+		t.Fatalf("checkpoints: %v\n%s", err, out)
+	}
+	out, _ = h.command(t, "predict", "--model", tuned, "--questions", filepath.Join(dir, "valid.csv"), "--out", filepath.Join(dir, "answers.csv"))
+	var right, of int
+	_, counts, _ := strings.Cut(out, "accuracy: ")
+	_, counts, _ = strings.Cut(counts, "(")
+	if _, err := fmt.Sscanf(counts, "%d of %d)", &right, &of); err != nil || of == 0 {
+		t.Fatalf("predict printed %q: %v", out, err)
+	}
+	t.Logf("the job reports %g, the predictor has %d of %d right", reported, right, of)
+	// The weights are rounded in other ways while training: one question may lie between.
+	if got := float64(right) / float64(of); math.Abs(got-reported) > 1/float64(of)+1e-4 || of != 60 {
+		t.Errorf("the job reports %g, the predictor has %g of %d questions; expected the same of 60", reported, got, of)
+	}
+
+	long := append(slices.Clone(job[:len(job)-6]), "--max-steps", "100000")
+	out, _ = h.command(t, long...)
+	id, _, _ = strings.Cut(strings.TrimSpace(out), "\n")
+	if out, _ := h.command(t, "finetune", "cancel", id); out != id+" cancelled\n" {
+		t.Errorf("cancel prints %q", out)
+	}
+	out, _ = h.command(t, "finetune", "list")
+	if strings.Count(out, "ftjob-") != 2 || !strings.Contains(out, "cancelled") || !strings.Contains(out, tuned) {
+		t.Errorf("list prints\n%s", out)
 	}
 }
 

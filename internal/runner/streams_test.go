@@ -311,8 +311,8 @@ func TestAdaptersInOneBatch(t *testing.T) {
 	}
 }
 
-// Adapters beyond the budget come and go beside a running stream, which says what it says alone. How long loading one
-// takes is logged: the promise is 50 ms.
+// Adapters beyond the budget come and go beside a running stream, which says what it says alone. How long loading and
+// dropping one takes is logged: the promise is 50 ms.
 func TestAdaptersComeAndGo(t *testing.T) {
 	var paths []string
 	for i := range 4 {
@@ -350,10 +350,10 @@ func TestAdaptersComeAndGo(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		best = min(best, time.Since(began))
 		a.Close()
+		best = min(best, time.Since(began))
 	}
-	t.Logf("an adapter loads in %v", best)
+	t.Logf("an adapter is loaded and dropped in %v", best)
 }
 
 // A prompt of 4,000 tokens does not stall the streams beside it.
@@ -427,7 +427,7 @@ func TestLongPromptBesideStreams(t *testing.T) {
 	t.Errorf("the time between two tokens of a stream was at best %.2f times what it is alone", best)
 }
 
-// A request that is cancelled, whatever is being done for it, has left within two batches, and the stream beside it says
+// A request that is cancelled, whatever is being done for it, has left after one batch, and the stream beside it says
 // what it says alone.
 func TestCancelAtEveryStage(t *testing.T) {
 	r, err := New(Options{ModelDir: modelDir(t), ContextTokens: 1024, Sequences: 2, Threads: 2})
@@ -471,7 +471,7 @@ func TestCancelAtEveryStage(t *testing.T) {
 			for s := (Status{}); s.Waiting < 1; s, _ = r.Status(t.Context()) {
 			}
 		}
-		ended := make(chan error, 1)
+		ended, first := make(chan error, 1), make(chan struct{}, 1)
 		go func() {
 			if c.embed {
 				_, err := r.Embed(ctx, child.EmbedRequest{Inputs: []child.Input{{Text: long}}})
@@ -480,12 +480,16 @@ func TestCancelAtEveryStage(t *testing.T) {
 			}
 			c.req.TopP = 1
 			ended <- r.Generate(ctx, c.req, func(child.GenerateEvent) error {
-				if c.at == nil {
-					cancel()
+				select {
+				case first <- struct{}{}:
+				default:
 				}
 				return nil
 			})
 		}()
+		if c.at == nil {
+			<-first
+		}
 		for c.at != nil {
 			s, err := r.Status(t.Context())
 			if err != nil {
@@ -495,26 +499,30 @@ func TestCancelAtEveryStage(t *testing.T) {
 				break
 			}
 		}
-		if c.at != nil {
-			cancel()
-		}
+		cancel()
 		before, err := r.Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := <-ended; c.at != nil && !errors.Is(err, context.Canceled) {
+		left := 1 // the survivor
+		if c.fill {
+			left += 2
+		}
+		// Statuses are taken between batches. However late this goroutine runs: one that still has it is at most one batch later.
+		for s := before; s.Running+s.Waiting > left; {
+			if n := s.Decodes - before.Decodes; n > 1 {
+				t.Errorf("%s: the request is still there %d batches after it was cancelled", name, n)
+				break
+			}
+			if s, err = r.Status(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := <-ended; !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: ended with %v, want it cancelled", name, err)
-		}
-		after, err := r.Status(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if n := after.Decodes - before.Decodes; c.at != nil && n > 6 { // two, and what passes until this goroutine runs again
-			t.Errorf("%s: cancelled, the request ended after %d batches", name, n)
 		}
 		stop()
 		others.Wait()
-		cancel()
 	}
 	r.UnloadAdapter("a")
 	if got := <-text; got.Text != want.Text {

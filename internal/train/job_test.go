@@ -395,8 +395,14 @@ func TestMemoryRunsOut(t *testing.T) {
 
 // A poisoned adapter gives no step: the weights stay as they are, it is said, and repeated ones fail the job.
 func TestPoisonedAdapter(t *testing.T) {
+	for _, poison := range []float64{math.NaN(), math.Inf(1), math.Inf(-1)} {
+		t.Run(fmt.Sprint(poison), func(t *testing.T) { poisoned(t, float32(poison)) })
+	}
+}
+
+func poisoned(t *testing.T, poison float32) {
 	tr, examples, events := newTrainer(t, 20, 30)
-	tr.lora.Parameters[tr.lora.Parts[0].A] = float32(math.NaN())
+	tr.lora.Parameters[tr.lora.Parts[0].A] = poison
 	before := slices.Clone(tr.lora.Parameters[1:])
 	schedule := Schedule{Kind: "constant", Peak: 1e-3, Total: 100}
 	var err error
@@ -418,6 +424,24 @@ func TestPoisonedAdapter(t *testing.T) {
 	}
 }
 
+// A gradient that is infinite while the loss is finite gives no step either.
+func TestInfiniteGradient(t *testing.T) {
+	tr, examples, events := newTrainer(t, 20, 30)
+	before := slices.Clone(tr.lora.Parameters)
+	compute := tr.compute
+	tr.compute = func(m dataset.Micro) (engine.Result, error) {
+		result, err := compute(m)
+		tr.lora.Gradients[7] = float32(math.Inf(1))
+		return result, err
+	}
+	if err := tr.optimize(t.Context(), tr.pack(examples, 0, defaultMicroTokens), Schedule{Kind: "constant", Peak: 1e-3, Total: 100}); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(events.String(), "skipped") || !slices.Equal(before, tr.lora.Parameters) {
+		t.Errorf("the step was done: %s", events)
+	}
+}
+
 func TestGaussianInitialisation(t *testing.T) {
 	tr, _, _ := newTrainer(t, 4)
 	initialise(tr.lora, "gaussian", 1)
@@ -432,5 +456,77 @@ func TestGaussianInitialisation(t *testing.T) {
 	}
 	if deviation := math.Sqrt(squares / float64(n)); math.Abs(sum/float64(n)) > 0.02 || math.Abs(deviation-0.25) > 0.02 { // 1/r
 		t.Errorf("mean %g, standard deviation %g of %d values; expected 0 and 0.25", sum/float64(n), deviation, n)
+	}
+}
+
+// kaiming_uniform with a = sqrt(5), as PEFT has it: uniform within 1/sqrt(in). B and what pads the rank are 0.
+func TestUniformInitialisation(t *testing.T) {
+	tr, _, _ := newTrainer(t, 4)
+	initialise(tr.lora, "true", 1)
+	used := make([]bool, len(tr.lora.Parameters))
+	var sum, squares, largest float64
+	n := 0
+	for _, p := range tr.lora.Parts {
+		for i := p.A; i < p.A+tr.lora.Rank*p.In; i++ {
+			used[i] = true
+			v := float64(tr.lora.Parameters[i]) * math.Sqrt(float64(p.In))
+			sum += v
+			squares += v * v
+			largest = max(largest, math.Abs(v))
+			n++
+		}
+	}
+	if mean, variance := sum/float64(n), squares/float64(n); math.Abs(mean) > 0.03 || math.Abs(variance-1.0/3) > 0.02 || largest > 1+1e-6 || largest < 0.99 {
+		t.Errorf("of %d values, as parts of the bound: mean %g, variance %g, largest %g; expected 0, 1/3 and 1", n, mean, variance, largest)
+	}
+	for i, v := range tr.lora.Parameters {
+		if !used[i] && v != 0 {
+			t.Fatalf("parameter %d of B, or of the padding, is %g", i, v)
+		}
+	}
+}
+
+// Checkpoints by steps come at each of them and at the end, as in transformers' Trainer, and none without.
+func TestCheckpointsBySteps(t *testing.T) {
+	for strategy, want := range map[string][]int{"steps": {4, 8, 9}, "epoch": {3, 6, 9}, "no": nil} {
+		config := tinyJob(t)
+		config.Options.SaveStrategy = &strategy
+		if strategy == "steps" {
+			config.Options.SaveSteps = ptr(4)
+		}
+		var got []int
+		for _, e := range eventsOf(runJob(t, config, 0), child.EventCheckpoint) {
+			got = append(got, e.Step)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: checkpoints at %v, expected %v", strategy, got, want)
+		}
+	}
+}
+
+// save_minutes is the longest time between resume states: at 0 there is one after each step, at an hour one after each
+// epoch, and one where a checkpoint is.
+func TestSaveMinutes(t *testing.T) {
+	for _, c := range []struct {
+		minutes float64
+		every   int // steps between checkpoints
+		want    []int
+	}{
+		{0, 0, []int{1, 2, 3, 4, 5, 6, 7, 8, 9}},
+		{60, 0, []int{3, 6, 9}},
+		{60, 4, []int{3, 4, 6, 8, 9}},
+	} {
+		config := tinyJob(t)
+		config.ValidationFile, config.Options.SaveMinutes, config.Options.SaveStrategy = "", &c.minutes, ptr("no")
+		if c.every > 0 {
+			config.Options.SaveStrategy, config.Options.SaveSteps = ptr("steps"), &c.every
+		}
+		var got []int
+		for _, e := range eventsOf(runJob(t, config, 0), child.EventSaved) {
+			got = append(got, e.Step)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("save_minutes %g, checkpoints every %d: states of %v, expected %v", c.minutes, c.every, got, c.want)
+		}
 	}
 }

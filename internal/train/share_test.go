@@ -1,11 +1,15 @@
 package train
 
 import (
+	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
 	"slices"
+	"strings"
 	"testing"
 
+	"github.com/hone-llm/hone/internal/child"
 	"github.com/hone-llm/hone/internal/dataset"
 	"github.com/hone-llm/hone/internal/engine"
 	"github.com/hone-llm/hone/internal/graph"
@@ -121,5 +125,49 @@ func TestSharedPrefixesAreExact(t *testing.T) {
 				t.Errorf("%d of %d tokens are computed, expected less than half", computed, tokens)
 			}
 		})
+	}
+}
+
+// What rows have in common is computed once from a tenth of the tokens on, without dropout, or where it is asked for.
+func TestWhenPrefixesAreShared(t *testing.T) {
+	decide := func(common int, dropout float64, wanted *bool) (shares bool, saved float64) {
+		config := tinyJob(t)
+		var rows strings.Builder
+		for i := range 32 {
+			fmt.Fprintf(&rows, `{"text":"%s%s"}`+"\n", strings.Repeat("x", common), strings.Repeat(string(rune('a'+i%26)), 60+i))
+		}
+		if err := os.WriteFile(config.TrainingFile, []byte(rows.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		config.DryRun, config.ValidationFile = true, ""
+		config.Options.LoraDropout, config.Options.PrefixSharing, config.Options.BatchSize = &dropout, wanted, ptr(8)
+		events := runJob(t, config, 0)
+		data := eventsOf(events, child.EventDataset)[0]
+		return eventsOf(events, child.EventPlan)[0].Plan.PrefixSharing, float64(data.SharedTokens) / float64(data.TrainTokens)
+	}
+	below, above := 0, 0
+	for common := 0; common <= 60; common += 4 {
+		_, saved := decide(common, 0, ptr(true))
+		got, _ := decide(common, 0, nil)
+		if want := saved >= 0.1; got != want {
+			t.Errorf("%.1f%% of the tokens are saved: sharing is %t, expected %t", 100*saved, got, want)
+		}
+		if got {
+			above++
+		} else {
+			below++
+		}
+	}
+	if below < 2 || above < 2 {
+		t.Errorf("%d cases below a tenth and %d above: the test needs both", below, above)
+	}
+	if got, _ := decide(60, 0.05, nil); got {
+		t.Error("shared with dropout without being asked for")
+	}
+	if got, _ := decide(60, 0.05, ptr(true)); !got {
+		t.Error("not shared with dropout although asked for")
+	}
+	if got, _ := decide(60, 0, ptr(false)); got {
+		t.Error("shared although turned off")
 	}
 }

@@ -151,6 +151,28 @@ func TestResumeIsBitForBit(t *testing.T) {
 	}
 }
 
+// A resumed job keeps the plan that it began with, even where another would be made now, and ends as if left alone.
+func TestResumeKeepsThePlan(t *testing.T) {
+	whole := tinyJob(t)
+	want := *eventsOf(runJob(t, whole, 0), child.EventPlan)[0].Plan
+	cut := tinyJob(t)
+	runJob(t, cut, 4)
+	cut.Attempt, cut.ResumeFrom, cut.Dir = 2, []string{cut.Dir}, cut.Dir+"-2"
+	cut.MemoryBytes = 1 << 20 // a new job would be refused
+	got := *eventsOf(runJob(t, cut, 0), child.EventPlan)[0].Plan
+	if got.ResumedStep < 4 {
+		t.Errorf("resumed at step %d, expected at least 4", got.ResumedStep)
+	}
+	// What was free, and the size of the process, are other numbers in each attempt.
+	got.ResumedStep, got.Memory.FreeBytes, got.Memory.OverheadBytes, got.Memory.TotalBytes = want.ResumedStep, want.Memory.FreeBytes, want.Memory.OverheadBytes, want.Memory.TotalBytes
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("plan (-alone +resumed):\n%s", diff)
+	}
+	if digest(t, whole.AdapterDir, lora.PEFTWeights) != digest(t, cut.AdapterDir, lora.PEFTWeights) {
+		t.Error("the adapter differs from that of the job that was left alone")
+	}
+}
+
 // A damaged newest resume state is passed over, with a warning, for the one before.
 func TestDamagedResumeStateIsSkipped(t *testing.T) {
 	for file, damage := range map[string]func(data []byte) []byte{
@@ -381,6 +403,8 @@ func TestPlan(t *testing.T) {
 	student.R, student.LoraAlpha, student.TargetModules, student.LearningRate, student.LearningRateMultiplier = 8, 16, []string{"q_proj", "v_proj"}, 2e-4, 0.2
 	few := auto
 	few.NumTrainEpochs, few.BatchSize, few.TotalSteps, few.WarmupSteps = 10, 1, 200, 20
+	preferences := auto
+	preferences.Method, preferences.Beta, preferences.LossType, preferences.LearningRate = "dpo", 0.1, "sigmoid", 1e-4
 	limited := auto
 	limited.NumTrainEpochs, limited.TotalSteps, limited.WarmupSteps = 1, 5, 1
 	for name, test := range map[string]struct {
@@ -389,12 +413,17 @@ func TestPlan(t *testing.T) {
 		want    child.TrainPlan
 	}{
 		"auto":       {child.TrainOptions{}, 510, auto},
+		"dpo":        {child.TrainOptions{}, 510, preferences},
 		"all-linear": {child.TrainOptions{TargetModules: []string{"all-linear"}}, 510, auto},
 		"few rows":   {child.TrainOptions{}, 20, few},
 		"max_steps":  {child.TrainOptions{MaxSteps: ptr(5)}, 510, limited},
 		"first user": {child.TrainOptions{R: ptr(8), TargetModules: []string{"q_proj", "v_proj"}, LearningRate: ptr(2e-4)}, 510, student},
 	} {
-		got, err := NewPlan(test.options, facts{Rows: test.rows, Weights: weights, MaxLength: 2048, Layers: 30, Seed: 1})
+		f := facts{Rows: test.rows, Weights: weights, MaxLength: 2048, Layers: 30, Seed: 1}
+		if test.want.Method == methodDPO {
+			f.Method = methodDPO
+		}
+		got, err := NewPlan(test.options, f)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}

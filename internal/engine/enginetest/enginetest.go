@@ -56,6 +56,8 @@ func Run(t *testing.T, open Open, tolerance Tolerance) {
 				{"all-linear", Adapter{Rank: 5, Alpha: 8, Sites: reference.Sites(layers, reference.Modules...)}},
 				{"q-v", Adapter{Rank: 20, Alpha: 8, Sites: reference.Sites(layers, reference.Query, reference.Value)}},
 				{"one-site", Adapter{Rank: 16, Alpha: 1, Sites: []reference.Site{{Layer: 1, Module: reference.Up}}}},
+				{"rank-1", Adapter{Rank: 1, Alpha: 2, Sites: reference.Sites(layers, reference.Modules...)}},
+				{"rank-256", Adapter{Rank: 256, Alpha: 256, Sites: reference.Sites(layers, reference.Query, reference.Down)}},
 				{"dropout", Adapter{Rank: 4, Alpha: 8, Dropout: 0.3, Sites: reference.Sites(layers, reference.Modules...)}},
 			} {
 				if m.Type != gguf.F32 && c.name != "all-linear" {
